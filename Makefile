@@ -1,0 +1,52 @@
+# make repro: the whole pipeline on the embedded sample. make test: the fast tests. make help: the rest.
+PYTHON ?= python3
+VENV := .venv
+# DVC starts the stages as `python`, which must be this environment's even where it is not activated.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+FAISS := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+
+.PHONY: help install install-dev repro test test-all check ui clean
+help:
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/  /'
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 repro")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	python -m pip install --quiet '.[$(FAISS)]'
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
+	python -m pip install --quiet '.[$(FAISS),dev]'
+	@touch $@ $(VENV)/.installed
+
+install: $(VENV)/.installed  ## create .venv and install what the pipeline needs
+install-dev: $(VENV)/.installed-dev  ## the same with the tools for development
+
+repro: install  ## run the pipeline: prepare, retriever, index, train, evaluate
+	dvc repro
+	@echo
+	@dvc metrics show
+	@echo
+	@echo "next:  . $(VENV)/bin/activate"
+	@echo "       python -m stages.ask 'Which country is Warsaw Modlin Airport in?'"
+	@echo "       mlflow ui                              # the run, its curves and its checkpoint, on 127.0.0.1:5000"
+	@echo "       dvc plots show                         # an HTML page of the loss curves"
+	@echo "       dvc exp run -S train.max_steps=120     # change something, then: dvc metrics diff"
+
+test: install-dev  ## the fast tests
+	python -m pytest -m 'not slow'
+
+test-all: install-dev  ## all tests
+	python -m pytest
+
+check: install-dev  ## ruff
+	ruff check .
+	ruff format --check .
+
+ui: install  ## MLflow's pages on 127.0.0.1
+	mlflow ui --host 127.0.0.1
+
+clean:  ## remove what can be made again (never data/tiny, never MLflow's store)
+	rm -rf .checkpoints .pytest_cache .ruff_cache build *.egg-info

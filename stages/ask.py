@@ -1,0 +1,67 @@
+"""Ask the trained model a question and see which passages the answer came from.
+
+    python -m stages.ask "Which country is Kangerlussuaq Airport in?"
+    python -m stages.ask                            # reads questions from standard input, one a line
+
+Needs the outputs of `dvc repro`. `prior` is how much the retriever trusts a passage, `posterior` how much of the
+answer's probability came from it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from stages.params import load_params
+from stages.runtime import prepare_torch, run
+
+PREPARED, TOKENS, INDEX, MODEL = (Path("data") / name for name in ("prepared", "tokens", "index", "model"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("question", nargs="*", help="without one, questions are read from standard input")
+    arguments = parser.parse_args()
+    params = load_params()
+    device = prepare_torch(params.runtime)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    from stages import marginalization
+    from stages.contexts import TokenStore
+    from stages.corpus import read_rows
+    from stages.evaluation import answer, passages_of, retrieve
+    from stages.rag import load_rag_parts, open_rag
+    from stages.search import load_index
+
+    encoder, generator = load_rag_parts(MODEL)
+    rag = open_rag(
+        encoder, generator, load_index(INDEX), TokenStore.open(TOKENS), params.retriever.n_docs, params.lengths, device
+    )
+    rag.eval()
+    passages = read_rows(PREPARED / "passages.arrow")
+
+    def show(question: str) -> None:
+        examples = rag.examples([question], [""]).to(device)
+        found = retrieve(rag, examples, rag.n_docs, 1)
+        prior = marginalization.log_prior(found.scores)
+        marginal = params.recipe.marginalization
+        given = next(answer(rag, examples, found.rows, prior, params.evaluate, marginal, ""))
+        texts = [passages[row] if row >= 0 else None for row in found.rows[0].tolist()]
+        print(f"{given.text}    (probability {2.718281828**given.log_prob:.2f})\n\nprior  posterior  passage")
+        for passage, text in zip(passages_of(given, prior[0], texts), filter(None, texts), strict=True):
+            shown = text["text"] if len(text["text"]) <= 110 else text["text"][:107] + "..."
+            print(f"{passage['prior']:5.2f}  {passage['posterior']:9.2f}  {passage['title']}: {shown}")
+
+    if arguments.question:
+        show(" ".join(arguments.question))
+        return
+    if sys.stdin.isatty():
+        print("A question a line; end with Ctrl-D.")
+    for line in sys.stdin:
+        if line.strip():
+            show(line.strip())
+            print()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,131 @@
+"""Contexts for the generator, put together on the device from passages that were tokenized once.
+
+A context is `prefix passage question suffix` (transformers' RAG layout, "title / text // question"). Where it would be
+longer than the limit the passage is cut, never the question. No text is decoded or encoded here: the training loop
+gathers token ids.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass
+class TokenStore:
+    """Ragged rows of token ids: row i is tokens[offsets[i]:offsets[i + 1]]."""
+
+    tokens: Tensor  # flat; int32 or narrower
+    offsets: Tensor  # [N + 1] int64
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def to(self, device: torch.device | str) -> "TokenStore":
+        return TokenStore(self.tokens.to(device), self.offsets.to(device))
+
+    @classmethod
+    def from_rows(cls, rows: list[list[int]]) -> "TokenStore":
+        lengths = torch.tensor([0, *(len(row) for row in rows)], dtype=torch.int64)
+        flat = np.fromiter((token for row in rows for token in row), dtype=np.int32, count=int(lengths.sum()))
+        return cls(torch.from_numpy(flat), lengths.cumsum(0))
+
+    @classmethod
+    def open(cls, folder: Path) -> "TokenStore":
+        """Memory-maps `tokens.npy` and `offsets.npy`: 21 million passages need no memory until they are read."""
+        for name in ("tokens.npy", "offsets.npy"):
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder / name}: not found; run `dvc repro` (or python -m stages.prepare) first")
+        try:
+            tokens = np.load(folder / "tokens.npy", mmap_mode="c", allow_pickle=False)
+            offsets = np.load(folder / "offsets.npy", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{folder}: damaged ({error}); run `dvc repro --force prepare`") from None
+        if offsets[-1] != len(tokens):
+            raise ValueError(f"{folder}: tokens.npy is cut short; run `dvc repro --force prepare`")
+        return cls(torch.from_numpy(tokens), torch.from_numpy(offsets))
+
+    def padded(self, rows: Tensor, limit: int, pad: int) -> tuple[Tensor, Tensor]:
+        """The named rows cut to `limit` tokens and right-padded: ids [R, limit'] and lengths [R]."""
+        starts = self.offsets[rows]
+        lengths = (self.offsets[rows + 1] - starts).clamp(max=limit)
+        columns = torch.arange(int(lengths.max()) if len(rows) else 0, device=rows.device)
+        inside = columns < lengths[:, None]
+        ids = self.tokens[torch.where(inside, starts[:, None] + columns, 0)].long()
+        return torch.where(inside, ids, pad), lengths
+
+
+def write_tokens(folder: Path, chunks: Iterable[list[list[int]]], vocab_size: int) -> int:
+    """Streams rows of token ids into `tokens.npy` and `offsets.npy`; returns the number of rows.
+
+    The narrowest type that torch can index by is used: int16 where the vocabulary fits, else int32.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = np.dtype(np.int16 if vocab_size <= np.iinfo(np.int16).max + 1 else np.int32)
+    lengths = [np.zeros(1, dtype=np.int64)]
+    with open(folder / "tokens.npy", "wb") as file:
+        _write_header(file, dtype, 0)
+        for rows in chunks:
+            lengths.append(np.array([len(row) for row in rows], dtype=np.int64))
+            file.write(np.fromiter((token for row in rows for token in row), dtype=dtype).tobytes())
+        offsets = np.concatenate(lengths).cumsum()
+        # A .npy header leaves room for the first dimension to grow: the final one has the same length.
+        file.seek(0)
+        _write_header(file, dtype, int(offsets[-1]))
+    np.save(folder / "offsets.npy", offsets)
+    return len(offsets) - 1
+
+
+def _write_header(file, dtype: np.dtype, count: int) -> None:
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def assemble_contexts(
+    passages: TokenStore,
+    rows: Tensor,
+    questions: Tensor,
+    question_lengths: Tensor,
+    *,
+    limit: int,
+    prefix: list[int],
+    suffix: list[int],
+    pad: int,
+    width: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Context ids and attention mask, both [R, L].
+
+    `rows` [R] names a passage for each context (-1: no passage, the question alone), `questions` [R, Q] holds the
+    padded question ids, `question_lengths` [R] their true lengths. L is the longest context of the batch, at most
+    `limit`; `width` fixes L instead (compiled graphs want one shape). A question that leaves no room for its special
+    tokens is the caller's to prevent: `limit` must exceed Q by their number.
+    """
+    device = rows.device
+    assert questions.shape[1] + len(prefix) + len(suffix) <= limit, "the question alone is longer than a context"
+    held = rows.clamp(min=0)
+    starts = passages.offsets[held].to(device)
+    room = limit - len(prefix) - len(suffix) - question_lengths
+    lengths = torch.minimum(passages.offsets[held + 1].to(device) - starts, room)
+    lengths = torch.where(rows >= 0, lengths, 0)
+
+    passage_end = len(prefix) + lengths[:, None]
+    question_end = passage_end + question_lengths[:, None]
+    total = question_end + len(suffix)
+    column = torch.arange(width or int(total.max()), device=device)[None, :]
+
+    in_passage = (column >= len(prefix)) & (column < passage_end)
+    in_question = (column >= passage_end) & (column < question_end)
+    source = torch.where(in_passage, starts[:, None] + column - len(prefix), 0)
+    passage_ids = passages.tokens[source.to(passages.tokens.device)].to(device).long()
+    question_ids = questions.gather(1, (column - passage_end).clamp(0, questions.shape[1] - 1))
+    ids = torch.full(source.shape, pad, dtype=torch.long, device=device)
+    ids = torch.where(in_passage, passage_ids, ids)
+    ids = torch.where(in_question, question_ids, ids)
+    for position, token in enumerate(prefix):
+        ids[:, position] = token
+    for position, token in enumerate(suffix):
+        ids = torch.where(column == question_end + position, token, ids)
+    return ids, (column < total).long()

@@ -1,0 +1,58 @@
+"""Passages and questions as Arrow files: written once by prepare, memory-mapped by everyone else."""
+
+import os
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+from datasets import Dataset
+
+PASSAGES = pa.schema([("id", pa.string()), ("title", pa.large_string()), ("text", pa.large_string())])
+QUESTIONS = pa.schema(
+    [
+        ("id", pa.string()),
+        ("question", pa.string()),
+        ("answers", pa.list_(pa.string())),
+        ("positive_ids", pa.list_(pa.string())),
+    ]
+)
+ROWS_A_BATCH = 1000
+
+
+def write_rows(path: Path, schema: pa.Schema, rows: Iterable[dict]) -> int:
+    """Streams rows into an Arrow file and returns their number; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    count = 0
+    with open(unfinished, "wb") as file:
+        with pa.ipc.new_stream(file, schema) as stream:
+            for batch in batches(rows, ROWS_A_BATCH):
+                stream.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+                count += len(batch)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    return count
+
+
+def read_rows(path: Path) -> Dataset:
+    """The rows of an Arrow file, memory-mapped."""
+    if not path.is_file():
+        raise ValueError(f"{path}: not found; run `dvc repro` (or python -m stages.prepare) first")
+    try:
+        return Dataset.from_file(str(path))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path}: damaged ({error}); delete it and run `dvc repro --force prepare`") from None
+
+
+def positions_of(passages: Dataset) -> dict[str, int]:
+    """The row of every passage id."""
+    return {passage_id: row for row, passage_id in enumerate(passages["id"])}
+
+
+def batches(rows: Iterable, size: int) -> Iterator[list]:
+    """Consecutive lists of at most `size` rows."""
+    iterator = iter(rows)
+    while batch := list(islice(iterator, size)):
+        yield batch

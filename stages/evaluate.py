@@ -1,0 +1,74 @@
+"""Stage 5: retrieve, generate, score. EM, F1 and recall go to metrics/eval.json and into the training's MLflow run.
+
+    python -m stages.evaluate                       # reads data/model, index, tokens, prepared
+    dvc exp run -S evaluate.num_samples=20 -S evaluate.decoding=fast
+
+data/predictions/predictions.jsonl holds a row a question with its passages, their prior and posterior.
+"""
+
+import json
+from pathlib import Path
+
+from stages.params import load_params
+from stages.runtime import prepare_torch, run
+
+PREPARED, TOKENS, INDEX, MODEL = (Path("data") / name for name in ("prepared", "tokens", "index", "model"))
+PREDICTIONS, METRICS = Path("data/predictions"), Path("metrics/eval.json")
+TABLE_ROWS = 500
+
+
+def main() -> None:
+    params = load_params()
+    device = prepare_torch(params.runtime)
+    from stages.contexts import TokenStore
+    from stages.corpus import positions_of, read_rows
+    from stages.evaluation import evaluate
+    from stages.rag import load_rag_parts, open_rag
+    from stages.search import load_index
+    from stages.signs import evaluation_signs
+    from stages.tracking import open_run, root_folder
+
+    settings = params.evaluate
+    encoder, generator = load_rag_parts(MODEL)
+    rag = open_rag(
+        encoder, generator, load_index(INDEX), TokenStore.open(TOKENS), params.retriever.n_docs, params.lengths, device
+    )
+    passages = read_rows(PREPARED / "passages.arrow")
+    questions = read_rows(PREPARED / f"{settings.split}.arrow")
+    if settings.num_samples:
+        questions = questions.select(range(min(settings.num_samples, len(questions))))
+
+    metrics, predictions = evaluate(
+        rag, questions, passages, positions_of(passages), settings, params.recipe.marginalization
+    )
+    verdicts = evaluation_signs(metrics, params.signs)
+
+    METRICS.parent.mkdir(exist_ok=True)
+    METRICS.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    PREDICTIONS.mkdir(parents=True, exist_ok=True)
+    with open(PREDICTIONS / "predictions.jsonl", "w", encoding="utf-8") as file:
+        for row in predictions:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    root = root_folder()
+    trained = json.loads((MODEL / "run.json").read_text(encoding="utf-8"))
+    journal = root / ".tracking" / f"evaluate-{trained['run_id']}.jsonl"
+    with open_run(root, trained["experiment"], trained["run_id"], None, journal, None) as tracker:
+        tracker.log_metrics({f"{settings.split}_{name}": value for name, value in metrics.items()})
+        tracker.log_params({"evaluate": settings.model_dump()})
+        tracker.set_tags(verdicts.tags)
+        tracker.log_text(verdicts.text, "signs-evaluate.txt")
+        columns = ("question", "answers", "prediction", "em", "f1")
+        table = [{name: str(row[name]) for name in columns} for row in predictions[:TABLE_ROWS]]
+        tracker.log_table(table, "predictions.json")
+
+    print(verdicts.text)
+    print(
+        f"EM {metrics['em']:.1f}, F1 {metrics['f1']:.1f}, recall@5 {metrics['recall_at_5']:.1f} on {len(questions)} "
+        f"{settings.split} questions (gold passage given: EM {metrics['oracle_em']:.1f}, no passage: "
+        f"{metrics['closed_book_em']:.1f})"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,192 @@
+"""The typed form of params.yaml: every knob's type and range, and every message about a wrong one.
+
+Values are coerced leniently, because tools rewrite them: `dvc exp run -S train.learning_rate=1e-5` leaves the text
+`1e-05` in the file, which YAML 1.1 reads as a string.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PARAMS_FILE = Path("params.yaml")
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Sample(Section):
+    passages: Annotated[int, Field(ge=50)]
+    train_questions: Positive
+    validation_questions: Positive
+    test_questions: Positive
+
+
+class Data(Section):
+    source: Literal["sample"]
+    sample: Sample
+
+
+class Models(Section):
+    question_encoder: Name
+    context_encoder: Name
+    generator: Name
+
+
+class Lengths(Section):
+    question_tokens: Annotated[int, Field(ge=8, le=512)]
+    passage_tokens: Annotated[int, Field(ge=16, le=512)]
+    context_tokens: Annotated[int, Field(ge=32)]
+    answer_tokens: Annotated[int, Field(ge=2)]
+
+
+class Retriever(Section):
+    n_docs: Positive
+    steps: Count
+    batch_size: Annotated[int, Field(ge=2)]
+    learning_rate: Rate
+
+
+class Index(Section):
+    factory: Name
+    batch_tokens: Annotated[int, Field(ge=512)]
+
+
+class Train(Section):
+    recipe: Name
+    max_steps: Positive
+    batch_size: Positive
+    gradient_accumulation_steps: Positive
+    learning_rate: Rate
+    warmup_steps: Count
+    weight_decay: Share
+    max_grad_norm: Annotated[float, Field(gt=0)]
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+    logging_steps: Positive
+    eval_steps: Positive
+    save_steps: Positive
+    save_total_limit: Positive
+
+
+class Recipe(Section):
+    marginalization: Literal["sequence", "token", "average"]
+    accumulation: Literal["across_batches", "within_batch"]
+    batching: Literal["true_batches", "one_at_a_time"]
+    precision: Literal["auto", "bf16", "fp16", "fp32"]
+    checkpoints: Literal["best", "last"]
+    tensorboard: bool
+    retriever_gradient: Literal["exact", "none"]
+
+
+class Evaluate(Section):
+    split: Literal["test", "validation"]
+    num_samples: Positive | None
+    decoding: Literal["thorough", "fast"]
+    num_beams: Positive
+    batch_size: Positive
+
+
+class Signs(Section):
+    seconds_per_batch: Annotated[float, Field(gt=0)]
+    gpu_utilization: Annotated[float, Field(ge=0, le=100)]
+    gpu_memory: Annotated[float, Field(ge=0, le=100)]
+    val_loss_drop: Annotated[float, Field(ge=0)]
+    exact_match: Annotated[float, Field(ge=0, le=100)]
+    distinct_passages: Share
+    prior_entropy: Share
+
+
+class Tracking(Section):
+    experiment: Name
+    system_metrics_seconds: Annotated[float, Field(ge=0)]
+
+
+class Runtime(Section):
+    device: Literal["auto", "cpu", "cuda"]
+    threads: Count
+
+
+class Params(Section):
+    seed: Count
+    data: Data
+    models: Models
+    lengths: Lengths
+    retriever: Retriever
+    index: Index
+    train: Train
+    recipes: dict[str, Recipe]
+    evaluate: Evaluate
+    signs: Signs
+    tracking: Tracking
+    runtime: Runtime
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that `train.recipe` names."""
+        return self.recipes[self.train.recipe]
+
+    @model_validator(mode="after")
+    def _pairs_agree(self) -> "Params":
+        if self.train.recipe not in self.recipes:
+            known = ", ".join(sorted(self.recipes))
+            raise ValueError(f"train.recipe: no recipe named '{self.train.recipe}' under recipes; there are: {known}")
+        batch_size, accumulation = self.train.batch_size, self.train.gradient_accumulation_steps
+        if self.recipe.accumulation == "within_batch" and batch_size < accumulation:
+            raise ValueError(
+                f"train.batch_size: {batch_size} is smaller than train.gradient_accumulation_steps ({accumulation}); with "
+                f"recipes.{self.train.recipe}.accumulation: within_batch no update would ever happen; raise the batch size"
+            )
+        if self.lengths.context_tokens < self.lengths.question_tokens + 16:
+            raise ValueError(
+                f"lengths.context_tokens: {self.lengths.context_tokens} leaves no room for a passage beside a question of "
+                f"lengths.question_tokens ({self.lengths.question_tokens}); use at least 16 more"
+            )
+        if self.train.warmup_steps >= self.train.max_steps:
+            raise ValueError(
+                f"train.warmup_steps: {self.train.warmup_steps} must be less than train.max_steps ({self.train.max_steps})"
+            )
+        return self
+
+
+def load_params(path: Path = PARAMS_FILE) -> Params:
+    """Reads and checks a parameter file; raises ValueError with one line naming file and key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: not found; run from the folder that holds params.yaml") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark else ""
+        raise ValueError(f"{path}:{line} not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must hold sections of 'key: value' pairs, not {type(values).__name__}")
+    try:
+        return Params.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_first_problem(error)}") from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    problems = error.errors(include_url=False)
+    problem = problems[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: unknown key; check its spelling against the shipped params.yaml{more}"
+    if problem["type"] == "missing":
+        return f"{key}: missing; copy its line from the shipped params.yaml{more}"
+    if problem["type"] == "value_error":
+        return f"{problem['ctx']['error']}{more}"
+    return f"{key}: {problem['msg'].lower()}, got {problem['input']!r}{more}"

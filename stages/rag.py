@@ -1,0 +1,228 @@
+"""The RAG model: a question encoder with gradient, a search, a generator, one likelihood (Lewis et al. 2020).
+
+There and not back: a question vector asks the index for passages, their ids gather tokens that were made once, the
+generator scores the answer under each passage, the marginal is the loss.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoTokenizer,
+    DPRQuestionEncoder,
+    RagConfig,
+    RagSequenceForGeneration,
+    RagTokenForGeneration,
+    RagTokenizer,
+)
+
+from stages import marginalization
+from stages.contexts import TokenStore, assemble_contexts
+from stages.encoders import Encoder, load_encoder, padded_rows
+from stages.generators import Generator, generator_from, load_generator
+from stages.params import Lengths
+from stages.search import PassageIndex, doc_scores
+
+CLASSES = {"token": RagTokenForGeneration, "sequence": RagSequenceForGeneration, "average": RagSequenceForGeneration}
+
+
+@dataclass
+class Examples:
+    """Questions and one gold answer each, tokenized once."""
+
+    for_encoder: TokenStore  # with special tokens
+    for_generator: TokenStore  # " // question", without
+    targets: Tensor  # [N, T] answer ids, EOS, padding
+    target_mask: Tensor  # [N, T]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def to(self, device: torch.device) -> "Examples":
+        return Examples(
+            self.for_encoder.to(device),
+            self.for_generator.to(device),
+            self.targets.to(device),
+            self.target_mask.to(device),
+        )
+
+
+class RagBatch(NamedTuple):
+    """B questions on the model's device."""
+
+    question_ids: Tensor  # [B, L]
+    question_mask: Tensor  # [B, L]
+    generator_questions: Tensor  # [B, Q] ids of " // question"
+    generator_question_lengths: Tensor  # [B]
+    targets: Tensor  # [B, T]
+    target_mask: Tensor  # [B, T]
+
+
+class RagOutput(NamedTuple):
+    nll: Tensor  # [B] nats a question
+    log_prior: Tensor  # [B, K] log p(z | x), without gradient
+    rows: Tensor  # [B, K] passages retrieved, -1: missing
+    context_tokens: Tensor  # real tokens read by the generator's encoder
+
+
+class Rag(nn.Module):
+    """The two trained models and, beside them, the fixed passages that they retrieve and read."""
+
+    def __init__(self, encoder: Encoder, generator: Generator, index: PassageIndex, passages: TokenStore, n_docs: int,
+                 lengths: Lengths):  # fmt: skip
+        super().__init__()
+        self.question_encoder = encoder.model
+        self.generator_model = generator.model
+        self.encoder, self.generator = encoder, generator
+        self.index, self.passages = index, passages
+        self.n_docs, self.lengths = n_docs, lengths
+
+    def examples(self, questions: list[str], answers: list[str]) -> Examples:
+        """Tokenizes questions (cut to `lengths.question_tokens`) and their answers."""
+        limit = self.lengths.question_tokens
+        room = self.lengths.context_tokens - len(self.generator.context_prefix) - len(self.generator.context_suffix)
+        for_generator = [row[: min(limit, room)] for row in self.generator.question_tokens(questions)]
+        targets, mask = self.generator.answer_tokens(answers, self.lengths.answer_tokens)
+        return Examples(
+            TokenStore.from_rows(self.encoder.question_rows(questions, limit)),
+            TokenStore.from_rows(for_generator),
+            targets,
+            mask,
+        )
+
+    def batch(self, examples: Examples, rows: list[int]) -> RagBatch:
+        """The named examples, padded to their own longest."""
+        device = examples.targets.device
+        chosen = torch.tensor(rows, device=device)
+        question_ids, question_mask = padded_rows(
+            examples.for_encoder, chosen, self.encoder.tokenizer.pad_token_id, device
+        )
+        asked, lengths = examples.for_generator.padded(
+            chosen, self.lengths.question_tokens, self.generator.pad_token_id
+        )
+        mask = examples.target_mask[chosen]
+        width = int(mask.any(0).sum())
+        return RagBatch(question_ids, question_mask, asked, lengths, examples.targets[chosen, :width], mask[:, :width])
+
+    def retrieve(self, question_vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """The best passages of each question and their scores, with gradient to the questions: [B, K] and [B, K]."""
+        rows = self.index.search(question_vectors.detach(), self.n_docs).to(question_vectors.device)
+        passages = self.index.gather(rows.to(self.index.vectors.device)).to(question_vectors.device)
+        return rows, doc_scores(question_vectors, passages, rows)
+
+    def contexts(self, batch: RagBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and mask [B * K, L] of every question with each of its passages `rows` [B, K]."""
+        n_docs = rows.shape[1]
+        return assemble_contexts(
+            self.passages,
+            rows.flatten(),
+            batch.generator_questions.repeat_interleave(n_docs, 0),
+            batch.generator_question_lengths.repeat_interleave(n_docs),
+            limit=self.lengths.context_tokens,
+            prefix=self.generator.context_prefix,
+            suffix=self.generator.context_suffix,
+            pad=self.generator.pad_token_id,
+        )
+
+    def encode_questions(self, batch: RagBatch) -> Tensor:
+        """Question vectors [B, d]."""
+        return self.question_encoder(batch.question_ids, attention_mask=batch.question_mask).pooler_output
+
+    def forward(
+        self, batch: RagBatch, *, marginal: str, retriever_gradient: str = "exact", label_smoothing: float = 0.0
+    ) -> RagOutput:
+        """Each question's negative log-likelihood under its retrieved passages.
+
+        `marginal` is sequence, token or average (see marginalization.py); `retriever_gradient` "none" cuts the gradient
+        to the question encoder.
+        """
+        vectors = self.encode_questions(batch)
+        if retriever_gradient == "none":
+            vectors = vectors.detach()
+        rows, scores = self.retrieve(vectors)
+        input_ids, attention_mask = self.contexts(batch, rows)
+        token_lp = self.token_log_probs(batch, input_ids, attention_mask, label_smoothing)
+        prior = marginalization.log_prior(scores)
+        nll = marginalization.NLL[marginal](prior, token_lp, batch.target_mask)
+        return RagOutput(nll, prior.detach(), rows, attention_mask.sum())
+
+    def token_log_probs(
+        self, batch: RagBatch, input_ids: Tensor, attention_mask: Tensor, label_smoothing: float = 0.0
+    ) -> Tensor:
+        """log p(y_t | y_<t, x, z) [B, K, T] of the batch's targets under contexts [B * K, L]."""
+        questions = len(batch.targets)
+        n_docs = len(input_ids) // questions
+        states = self.generator.encode(input_ids, attention_mask)
+        logits = self.generator.logits(states, batch.targets.repeat_interleave(n_docs, 0))
+        return marginalization.token_log_probs(
+            logits.view(questions, n_docs, *logits.shape[1:]), batch.targets, label_smoothing
+        )
+
+
+def open_rag(
+    encoder: Encoder, generator: Generator, index: PassageIndex, passages: TokenStore, n_docs: int, lengths: Lengths,
+    device: torch.device,
+) -> Rag:  # fmt: skip
+    """Puts the pieces together on `device`; raises ValueError where they do not fit each other."""
+    if encoder.dimension != index.vectors.shape[1]:
+        raise ValueError(
+            f"models.question_encoder: its vectors have {encoder.dimension} dimensions, those of the index "
+            f"{index.vectors.shape[1]}; use the encoder that belongs to models.context_encoder"
+        )
+    if len(passages) != len(index.vectors):
+        raise ValueError(
+            f"the index holds {len(index.vectors)} passages, data/tokens {len(passages)}; run `dvc repro` to make them agree"
+        )
+    if generator.max_positions and generator.max_positions < lengths.context_tokens:
+        raise ValueError(
+            f"lengths.context_tokens: {lengths.context_tokens}, but the generator reads at most {generator.max_positions}"
+        )
+    if generator.max_positions and generator.max_positions < lengths.answer_tokens + len(generator.decoder_prefix):
+        raise ValueError(
+            f"lengths.answer_tokens: {lengths.answer_tokens}, but the generator writes at most {generator.max_positions}"
+        )
+    on_device = passages.to(device) if device.type == "cuda" else passages
+    return Rag(encoder, generator, index.to(device), on_device, n_docs, lengths).to(device)
+
+
+def save_rag(rag: Rag, folder: Path, marginal: str) -> None:
+    """Writes a transformers RAG checkpoint (config, safetensors, both tokenizers) that `from_pretrained` loads."""
+    generator = rag.generator
+    config = RagConfig.from_question_encoder_generator_configs(
+        rag.question_encoder.config, generator.model.config, n_docs=rag.n_docs, title_sep=" / ", doc_sep=" // ",
+        max_combined_length=rag.lengths.context_tokens, retrieval_vector_size=rag.encoder.dimension,
+        index_name="custom", do_deduplication=True,
+        bos_token_id=generator.model.config.bos_token_id if hasattr(generator.model.config, "bos_token_id") else None,
+        eos_token_id=generator.eos_token_id, pad_token_id=generator.pad_token_id,
+        decoder_start_token_id=generator.decoder_prefix[-1],
+    )  # fmt: skip
+    model = CLASSES[marginal](config=config, question_encoder=rag.question_encoder, generator=generator.model)
+    model.save_pretrained(folder)
+    RagTokenizer(rag.encoder.tokenizer, generator.tokenizer).save_pretrained(folder)
+
+
+def load_rag_parts(folder: Path) -> tuple[Encoder, Generator]:
+    """The question encoder and generator of a RAG checkpoint, in fp32; raises ValueError where it is incomplete."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no trained model; run `dvc repro` (or python -m stages.train) first")
+    try:
+        model = RagSequenceForGeneration.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        encoder_tokenizer = AutoTokenizer.from_pretrained(
+            folder / "question_encoder_tokenizer", trust_remote_code=False
+        )
+        generator_tokenizer = AutoTokenizer.from_pretrained(folder / "generator_tokenizer", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{folder}: damaged or not a RAG checkpoint ({reason}); run `dvc repro --force train`"
+        ) from None
+    encoder = Encoder(model.rag.question_encoder.eval(), encoder_tokenizer)
+    return encoder, generator_from(model.rag.generator.eval(), generator_tokenizer)
+
+
+def load_base_parts(question_encoder: str, generator: str) -> tuple[Encoder, Generator]:
+    """The models that training starts from."""
+    return load_encoder(question_encoder, "models.question_encoder", DPRQuestionEncoder), load_generator(generator)

@@ -1,0 +1,75 @@
+"""Stage 2: a short DPR warm-up of the question and context encoders on the training questions' gold passages.
+
+    python -m stages.retriever                      # reads data/prepared, writes data/retriever
+    dvc exp run -S retriever.steps=0                # passes the encoders through as they are
+
+Joint training moves the question encoder only, so the context encoder must know its corpus before the index is built.
+"""
+
+import json
+from pathlib import Path
+
+from stages.params import load_params
+from stages.runtime import prepare_torch, run
+
+PREPARED, RETRIEVER, METRICS = Path("data/prepared"), Path("data/retriever"), Path("metrics/retriever.json")
+
+
+def main() -> None:
+    params = load_params()
+    device = prepare_torch(params.runtime)
+    import torch
+    from transformers import DPRContextEncoder, DPRQuestionEncoder
+
+    from stages.contexts import TokenStore
+    from stages.corpus import positions_of, read_rows
+    from stages.encoders import load_encoder
+    from stages.warmup import WarmUp
+
+    settings, lengths = params.retriever, params.lengths
+    question_encoder = load_encoder(params.models.question_encoder, "models.question_encoder", DPRQuestionEncoder)
+    context_encoder = load_encoder(params.models.context_encoder, "models.context_encoder", DPRContextEncoder)
+    if question_encoder.dimension != context_encoder.dimension:
+        raise ValueError(
+            f"models.context_encoder: its vectors have {context_encoder.dimension} dimensions, those of "
+            f"models.question_encoder {question_encoder.dimension}; inner products need the same number"
+        )
+    torch.manual_seed(params.seed)
+    warm_up = WarmUp(question_encoder, context_encoder, device)
+
+    passages = read_rows(PREPARED / "passages.arrow")
+    position = positions_of(passages)
+    questions = {}
+    for split in ("train", "validation"):
+        rows = [row for row in read_rows(PREPARED / f"{split}.arrow") if row["positive_ids"]]
+        store = TokenStore.from_rows(
+            question_encoder.question_rows([row["question"] for row in rows], lengths.question_tokens)
+        )
+        questions[split] = store, [position[row["positive_ids"][0]] for row in rows]
+    # Only passages that some question asks about are read in training; they are renumbered to be tokenized alone.
+    needed = sorted({passage for _, gold in questions.values() for passage in gold})
+    renumbered = {passage: row for row, passage in enumerate(needed)}
+    chosen = passages.select(needed)
+    passage_rows = context_encoder.passage_rows(list(chosen["title"]), list(chosen["text"]), lengths.passage_tokens)
+    passage_store = TokenStore.from_rows(passage_rows)
+    gold = {split: torch.tensor([renumbered[passage] for passage in rows]) for split, (_, rows) in questions.items()}
+
+    before = warm_up.validate(questions["validation"][0], passage_store, gold["validation"], settings.batch_size)
+    after, loss = before, 0.0
+    if settings.steps:
+        loss = warm_up.train(
+            questions["train"][0], passage_store, gold["train"], steps=settings.steps, batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate, seed=params.seed,
+        )  # fmt: skip
+        after = warm_up.validate(questions["validation"][0], passage_store, gold["validation"], settings.batch_size)
+
+    question_encoder.save(RETRIEVER / "question_encoder")
+    context_encoder.save(RETRIEVER / "context_encoder")
+    metrics = {"steps": settings.steps, "train_loss": loss, "val_loss_before": before, "val_loss": after}
+    METRICS.parent.mkdir(exist_ok=True)
+    METRICS.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    print(f"in-batch validation loss {before:.3f} -> {after:.3f} nats after {settings.steps} steps")
+
+
+if __name__ == "__main__":
+    run(main)

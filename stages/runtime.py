@@ -1,0 +1,52 @@
+"""How a stage runs on this machine: errors in one line, the device, the number of threads."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from stages.params import Runtime
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs an entry point; a user's mistake (a ValueError raised by our own code) ends it with one line.
+
+    Anything else keeps its traceback: it is ours or a library's to explain.
+    """
+    try:
+        main()
+    except ValueError as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parent
+        if raised_in != Path(__file__).resolve().parent:
+            raise
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
+def prepare_torch(runtime: Runtime):
+    """The torch device to compute on, with torch's threads set; raises ValueError for a GPU that is not there."""
+    import torch
+
+    if runtime.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("runtime.device: cuda, but torch finds no usable GPU; use auto or cpu")
+    use_cuda = runtime.device == "cuda" or (runtime.device == "auto" and torch.cuda.is_available())
+    torch.set_num_threads(runtime.threads or free_cores())
+    torch.set_float32_matmul_precision("high")
+    return torch.device("cuda" if use_cuda else "cpu")
+
+
+def free_cores() -> int:
+    """Cores that nobody else is using right now, at least one.
+
+    More threads than free cores is not a little slower but several times: every barrier waits for the contended one.
+    OMP_NUM_THREADS is an upper bound where it is set.
+    """
+    import psutil
+
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    busy = psutil.cpu_percent(interval=0.5, percpu=True)
+    free = sum(1 for core in allowed if core >= len(busy) or busy[core] < 60)
+    limit = int(os.environ.get("OMP_NUM_THREADS") or len(allowed))
+    return max(1, min(free, limit))

@@ -1,0 +1,79 @@
+"""Warming up the two encoders on questions and their gold passages, with in-batch negatives (Karpukhin et al. 2020)."""
+
+import torch
+import torch.nn.functional as F
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+from stages.contexts import TokenStore
+from stages.encoders import Encoder, padded_rows
+from stages.recipes import epoch_order
+
+
+def in_batch_loss(questions: torch.Tensor, passages: torch.Tensor, gold: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of each question's own passage among all passages of the batch; vectors [B, d], gold [B].
+
+    Two questions about one passage must not push it away from each other: such columns are left out.
+    """
+    scores = questions.float() @ passages.float().T
+    same = gold[:, None] == gold[None, :]
+    same.fill_diagonal_(False)
+    return F.cross_entropy(scores.masked_fill(same, float("-inf")), torch.arange(len(gold), device=scores.device))
+
+
+class WarmUp:
+    """Both encoders in training over a fixed set of tokenized questions and passages."""
+
+    def __init__(self, question_encoder: Encoder, context_encoder: Encoder, device: torch.device):
+        self.question_encoder, self.context_encoder, self.device = question_encoder, context_encoder, device
+        for encoder in (question_encoder, context_encoder):
+            encoder.model.to(device)
+
+    def loss(self, questions: TokenStore, passages: TokenStore, rows: torch.Tensor, gold: torch.Tensor) -> torch.Tensor:
+        """In-batch loss of the questions `rows` [B] whose passages are `gold` [B]."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            vectors = []
+            for encoder, store, wanted in (
+                (self.question_encoder, questions, rows), (self.context_encoder, passages, gold)
+            ):  # fmt: skip
+                ids, mask = padded_rows(store, wanted, encoder.tokenizer.pad_token_id, self.device)
+                vectors.append(encoder.model(ids, attention_mask=mask).pooler_output)
+        return in_batch_loss(vectors[0], vectors[1], gold.to(self.device))
+
+    def train(self, questions: TokenStore, passages: TokenStore, positives: torch.Tensor, *, steps: int, batch_size: int,
+              learning_rate: float, seed: int) -> float:  # fmt: skip
+        """Takes `steps` steps in place; `positives` [N] names a row of `passages` for each question. Returns the last loss."""
+        models = [self.question_encoder.model, self.context_encoder.model]
+        parameters = [parameter for model in models for parameter in model.parameters()]
+        optimizer = AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+        warmup = max(1, steps // 10)
+        schedule = LambdaLR(optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup)))
+        for model in models:
+            model.train()
+        order: list[int] = []
+        epoch, loss = 0, torch.zeros(())
+        bar = tqdm(range(steps), desc="warm up the retriever", unit=" steps")
+        for step in bar:
+            if len(order) < batch_size:
+                order, epoch = order + epoch_order(len(questions), seed, epoch), epoch + 1
+            rows, order = torch.tensor(order[:batch_size]), order[batch_size:]
+            loss = self.loss(questions, passages, rows, positives[rows])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if step % 10 == 0:
+                bar.set_postfix_str(f"loss {loss.item():.3f}")
+        for model in models:
+            model.eval()
+        return loss.item()
+
+    @torch.no_grad()
+    def validate(self, questions: TokenStore, passages: TokenStore, positives: torch.Tensor, batch_size: int) -> float:
+        """Mean in-batch loss over all questions, in nats."""
+        total = 0.0
+        for rows in torch.arange(len(questions)).split(batch_size):
+            total += self.loss(questions, passages, rows, positives[rows]).item() * len(rows)
+        return total / len(questions)

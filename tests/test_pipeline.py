@@ -1,0 +1,167 @@
+"""A small real pipeline in a repository of its own: run, run again, change a thing, ask, look into MLflow."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.slow
+SMALL = {
+    "data": {"sample": {"passages": 120, "train_questions": 200, "validation_questions": 12, "test_questions": 12}},
+    "retriever": {"steps": 2, "batch_size": 8, "n_docs": 2},
+    "train": {"max_steps": 4, "batch_size": 2, "warmup_steps": 1, "logging_steps": 2, "eval_steps": 2, "save_steps": 2},
+    "evaluate": {"num_beams": 2, "batch_size": 4},
+    "tracking": {"system_metrics_seconds": 0.5},
+    "runtime": {"threads": 1},
+}
+
+
+def merged(base: dict, changes: dict) -> dict:
+    return base | {
+        key: merged(base[key], value) if isinstance(value, dict) else value for key, value in changes.items()
+    }
+
+
+def run(folder: Path, *command: str, check: bool = True, text: str | None = None) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("DVC", "MLFLOW"))}
+    environment |= {
+        "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "GIT_AUTHOR_NAME": "t", "GIT_AUTHOR_EMAIL": "t@example.org",
+        "GIT_COMMITTER_NAME": "t", "GIT_COMMITTER_EMAIL": "t@example.org",
+    }  # fmt: skip
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, input=text, timeout=500)
+    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """A fresh repository with small parameters after its first `dvc repro`."""
+    folder = tmp_path_factory.mktemp("project")
+    tracked = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\n")
+    for name in filter(None, tracked):
+        if not name.startswith(("tests/", "metrics/")) and name != "dvc.lock" and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    (folder / "params.yaml").write_text(yaml.safe_dump(merged(params, SMALL)), encoding="utf-8")
+    run(folder, "git", "init", "-q")
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "commit", "-qm", "small")
+    run(folder, "dvc", "repro")
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "commit", "-qm", "first run")
+    return folder
+
+
+def ran(output: str) -> list[str]:
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+def test_the_metrics_have_the_promised_keys_and_only_numbers(project):
+    evaluation = json.loads((project / "metrics/eval.json").read_text())
+    training = json.loads((project / "metrics/train.json").read_text())
+    assert {
+        "em", "f1", "recall_at_5", "answer_recall_at_5", "oracle_em", "closed_book_em", "questions", "questions_per_second",
+    } <= evaluation.keys()  # fmt: skip
+    assert {
+        "val_loss_per_sequence", "val_loss_per_token", "steps", "questions_seen", "seconds_per_step", "questions_per_second",
+    } <= training.keys()  # fmt: skip
+    assert all(isinstance(value, int | float) for value in [*evaluation.values(), *training.values()])
+    assert evaluation["questions"] == 12 and training["steps"] == 4 and training["questions_seen"] == 16
+    rows = list(csv.DictReader((project / "metrics/curves.csv").open()))
+    assert [row["step"] for row in rows] == ["0", "2", "4"] and all(row["val_loss_per_sequence"] for row in rows)
+
+
+def test_predictions_show_where_each_answer_came_from(project):
+    rows = [json.loads(line) for line in (project / "data/predictions/predictions.jsonl").open()]
+    assert len(rows) == 12
+    for row in rows:
+        assert row.keys() >= {"question", "answers", "prediction", "em", "f1", "passages"}
+        assert len(row["passages"]) == 2
+        for belief in ("prior", "posterior"):
+            assert sum(passage[belief] for passage in row["passages"]) == pytest.approx(1, abs=1e-3)
+    scores = json.loads((project / "metrics/eval.json").read_text())
+    assert scores["em"] == pytest.approx(100 * sum(row["em"] for row in rows) / 12)
+
+
+def test_nothing_changed_nothing_runs_and_the_tree_is_clean(project):
+    again = run(project, "dvc", "repro")
+    assert ran(again.stdout) == []
+    assert run(project, "git", "status", "--short").stdout == ""
+
+
+def test_a_changed_parameter_runs_only_what_depends_on_it(project):
+    assert ran(run(project, "dvc", "exp", "run", "-S", "evaluate.decoding=fast").stdout) == ["evaluate"]
+    assert ran(run(project, "dvc", "exp", "run", "-S", "train.learning_rate=1e-5").stdout) == ["train", "evaluate"]
+    assert ran(run(project, "dvc", "exp", "run", "-S", "signs.exact_match=3").stdout) == []
+    run(project, "git", "checkout", "-q", ".")
+    run(project, "dvc", "checkout")
+
+
+def test_mlflow_has_one_run_with_everything(project):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{project}/mlflow.db")
+    experiment = client.get_experiment_by_name("rag-recipes")
+    runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
+    first = runs[0]
+    assert first.info.status == "FINISHED"
+    assert {"train.learning_rate", "recipe.marginalization", "retriever.n_docs", "seed"} <= first.data.params.keys()
+    wanted = {
+        "train_loss_per_sequence", "val_loss_per_sequence", "val_loss_per_token", "learning_rate", "gradient_norm",
+        "questions_per_second", "tokens_per_second", "seconds_per_step", "host_wait", "prior_entropy", "distinct_passages",
+        "test_em", "test_f1", "test_recall_at_5",
+    }  # fmt: skip
+    assert wanted <= first.data.metrics.keys(), wanted - first.data.metrics.keys()
+    assert {"git.commit", "recipe"} <= first.data.tags.keys() | {"git.commit"}
+    assert [point.step for point in client.get_metric_history(first.info.run_id, "val_loss_per_sequence")] == [0, 2, 4]
+    names = {dataset.dataset.name for dataset in first.inputs.dataset_inputs}
+    assert {"passages", "train", "validation"} <= names
+    artifacts = {file.path for file in client.list_artifacts(first.info.run_id)}
+    assert {"predictions.json", "signs-train.txt", "signs-evaluate.txt"} <= artifacts
+    models = client.search_logged_models([experiment.experiment_id])
+    assert any(model.source_run_id == first.info.run_id for model in models)
+
+
+def test_ask_answers_with_passages_and_reads_standard_input(project):
+    one = run(project, "python", "-m", "stages.ask", "In which country is Warsaw Modlin Airport?")
+    assert "prior  posterior  passage" in one.stdout and "probability" in one.stdout
+    two = run(project, "python", "-m", "stages.ask", text="Where is it?\n\nAnd why?\n")
+    assert two.stdout.count("prior  posterior  passage") == 2
+
+
+def test_a_wrong_parameter_is_one_line(project):
+    params = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(params.replace("n_docs: 2", "n_dogs: 2"))
+    try:
+        failed = run(project, "python", "-m", "stages.train", check=False)
+    finally:
+        (project / "params.yaml").write_text(params)
+    assert failed.returncode == 1 and "retriever.n_docs" in failed.stderr and len(failed.stderr.splitlines()) == 1
+
+
+def test_a_temporary_experiment_leaves_its_run_and_can_be_applied(project):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{project}/mlflow.db")
+    experiment = client.get_experiment_by_name("rag-recipes").experiment_id
+    before = {one.info.run_id for one in client.search_runs([experiment])}
+    run(project, "dvc", "exp", "run", "--temp", "-n", "warm", "-S", "train.max_steps=6")
+    after = {one.info.run_id: one for one in client.search_runs([experiment])}
+    [new] = after.keys() - before
+    assert after[new].info.status == "FINISHED" and "test_em" in after[new].data.metrics
+    run(project, "dvc", "exp", "apply", "warm")
+    assert json.loads((project / "data/model/run.json").read_text())["run_id"] == new
+    assert json.loads((project / "metrics/train.json").read_text())["steps"] == 6
+    run(project, "dvc", "exp", "branch", "warm", "kept")
+    assert "kept" in run(project, "git", "branch").stdout

@@ -1,0 +1,59 @@
+"""A RAG model of random weights, small enough to train in milliseconds, with the embedded tokenizers."""
+
+from functools import cache
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration, DPRConfig, DPRQuestionEncoder
+
+from stages.contexts import TokenStore
+from stages.encoders import Encoder
+from stages.generators import generator_from, passage_tokens
+from stages.params import Lengths, Recipe, Train
+from stages.rag import Rag, open_rag
+from stages.search import PassageIndex, build_index
+
+LENGTHS = Lengths(question_tokens=24, passage_tokens=48, context_tokens=64, answer_tokens=8)
+TITLES = [f"Place {name}" for name in ("Alpha", "Beta", "Gamma", "Delta", "Epsilon", "Zeta", "Eta", "Theta", "Iota")]
+TEXTS = [f"{title} lies {10 * i} km from the sea. " * (1 + i % 3) for i, title in enumerate(TITLES)]
+QUESTIONS = [f"How far is {title} from the sea" + " really" * (i % 4) + "?" for i, title in enumerate(TITLES)]
+ANSWERS = [f"{10 * i} km" if i % 2 else f"{10 * i}" for i in range(len(TITLES))]
+NEW = Recipe(
+    marginalization="sequence", accumulation="across_batches", batching="true_batches", precision="fp32",
+    checkpoints="best", tensorboard=False, retriever_gradient="exact",
+)  # fmt: skip
+OLD = Recipe(
+    marginalization="average", accumulation="within_batch", batching="one_at_a_time", precision="fp32",
+    checkpoints="last", tensorboard=False, retriever_gradient="none",
+)  # fmt: skip
+SETTINGS = Train(
+    recipe="new", max_steps=4, batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-3, warmup_steps=1,
+    weight_decay=0.01, max_grad_norm=1.0, label_smoothing=0.0, logging_steps=1, eval_steps=2, save_steps=1,
+    save_total_limit=2,
+)  # fmt: skip
+
+
+@cache
+def tokenizer(part: str):
+    return AutoTokenizer.from_pretrained(f"data/tiny/{part}")
+
+
+def tiny_rag(n_docs: int = 3, passages: int = len(TITLES), seed: int = 0) -> Rag:
+    """The same weights for the same seed; scores between passages differ by a few nats."""
+    torch.manual_seed(seed)
+    dpr = DPRConfig(
+        vocab_size=7168, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=48, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, projection_dim=8,
+        pad_token_id=1, type_vocab_size=1, initializer_range=0.3,
+    )  # fmt: skip
+    bart = BartConfig(
+        vocab_size=8192, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32,
+        encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=96, dropout=0.0, init_std=0.3,
+        bos_token_id=0, pad_token_id=1, eos_token_id=2, decoder_start_token_id=0, forced_eos_token_id=None,
+    )  # fmt: skip
+    encoder = Encoder(DPRQuestionEncoder(dpr).eval(), tokenizer("encoder"))
+    generator = generator_from(BartForConditionalGeneration(bart).eval(), tokenizer("generator"))
+    vectors = np.random.default_rng(seed).normal(size=(passages, 8)).astype(np.float32)
+    index = PassageIndex(build_index(vectors, "Flat"), torch.from_numpy(vectors))
+    store = TokenStore.from_rows(passage_tokens(generator.tokenizer, TITLES[:passages], TEXTS[:passages]))
+    return open_rag(encoder, generator, index, store, n_docs, LENGTHS, torch.device("cpu"))
