@@ -5,7 +5,7 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 FAISS := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 
-.PHONY: help install install-dev repro test test-all check ui clean
+.PHONY: help install install-dev repro compare ablate test test-all check ui clean
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/  /'
 
@@ -34,6 +34,13 @@ repro: install  ## run the pipeline: prepare, retriever, index, train, evaluate
 	@echo "       mlflow ui                              # the run, its curves and its checkpoint, on 127.0.0.1:5000"
 	@echo "       dvc plots show                         # an HTML page of the loss curves"
 	@echo "       dvc exp run -S train.max_steps=120     # change something, then: dvc metrics diff"
+
+compare: install  ## both recipes as DVC experiments `old` and `new`, then what differs
+	python -m stages.compare recipes
+	dvc metrics diff old new
+
+ablate: install  ## every bug of the old recipe put back alone, three seeds each, through DVC's queue
+	python -m stages.compare ablation --seeds 3
 
 test: install-dev  ## the fast tests
 	python -m pytest -m 'not slow'

@@ -62,6 +62,7 @@ class Index(Section):
 
 class Train(Section):
     recipe: Name
+    seed: Count
     max_steps: Positive
     batch_size: Positive
     gradient_accumulation_steps: Positive

@@ -336,7 +336,9 @@ def gold_recall(model: DPRQuestionEncoder, arrays: Arrays, split: str, depths: t
     passages = encode(arrays.passages, ENCODER_PASSAGE_TOKENS)
     questions = encode(arrays.store(f"{split}_questions", f"{split}_question_offsets"), QUERY_TOKENS)
     gold = arrays.values[f"{split}_positives"][:, None]
-    found = torch.cat([(part @ passages.T).topk(max(depths)).indices for part in questions.split(512)])
+    found = torch.cat(
+        [(part @ passages.T).topk(min(max(depths), len(passages))).indices for part in questions.split(512)]
+    )
     return {f"recall_at_{k}": round(100 * (found[:, :k] == gold).any(1).float().mean().item(), 2) for k in depths}
 
 

@@ -20,7 +20,6 @@ MODEL, METRICS, CURVES = Path("data/model"), Path("metrics/train.json"), Path("m
 def settings_of(params: Params) -> dict:
     """What this stage reads from params.yaml; dvc.yaml lists the same keys."""
     return {
-        "seed": params.seed,
         "models": {"generator": params.models.generator},
         "lengths": params.lengths.model_dump(),
         "retriever": {"n_docs": params.retriever.n_docs},
@@ -46,7 +45,7 @@ def main() -> None:
     from stages.training import Trainer
 
     encoder, generator = rag_model.load_base_parts(str(RETRIEVER / "question_encoder"), params.models.generator)
-    torch.manual_seed(params.seed)
+    torch.manual_seed(params.train.seed)
     rag = rag_model.open_rag(
         encoder, generator, load_index(INDEX), TokenStore.open(TOKENS), params.retriever.n_docs, params.lengths, device
     )
@@ -60,7 +59,12 @@ def main() -> None:
     name = fingerprint(settings_of(params), [PREPARED, TOKENS, RETRIEVER / "question_encoder", INDEX, *generator_files])
     checkpoints = Checkpoints(root / ".checkpoints" / name, params.train.save_total_limit)
     trainer = Trainer(
-        rag, params.recipe, params.train, mixed_precision(params.recipe.precision, device), params.seed, checkpoints
+        rag,
+        params.recipe,
+        params.train,
+        mixed_precision(params.recipe.precision, device),
+        params.train.seed,
+        checkpoints,
     )
 
     tracker = open_run(

@@ -206,10 +206,7 @@ def test_rag_token_finds_the_most_probable_of_all_answers(small):
     for answer, input_ids, mask, prior in zip(answers, *batch, strict=True):
         reference, prior = Reference(small, input_ids, mask), prior.tolist()
         candidates = all_answers(reference, 6, 4)
-        score = {
-            y: sum(reference.marginal_next(prior, y[:t])[token] for t, token in enumerate(y))
-            for y in candidates
-        }
+        score = {y: sum(reference.marginal_next(prior, y[:t])[token] for t, token in enumerate(y)) for y in candidates}
         best = max(candidates, key=score.get)
         docs = [p + reference.log_prob(z, best) for z, p in enumerate(prior)]
         check(answer, best, score[best], docs, 4)
@@ -236,9 +233,7 @@ def test_beam_search_rag_sequence_equals_plain_python(medium, num_beams):
     thorough = run(medium, batch, num_beams, 6)
     for row, (input_ids, mask, prior) in enumerate(zip(*batch, strict=True)):
         reference, prior = Reference(medium, input_ids, mask), prior.tolist()
-        found = [
-            dict(beam_search(partial(reference.next_tokens, z), num_beams, 6)) for z in range(len(prior))
-        ]
+        found = [dict(beam_search(partial(reference.next_tokens, z), num_beams, 6)) for z in range(len(prior))]
         union = set().union(*found)
         docs = {y: [p + f.get(y, -math.inf) for p, f in zip(prior, found, strict=True)] for y in union}
         best = max(union, key=lambda y: logsumexp(docs[y]))

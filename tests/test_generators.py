@@ -145,9 +145,7 @@ def test_logits_step_and_advance_agree(generator):
 
     state = generator.start(contexts)
     first = generator.step(state)
-    later = torch.cat(
-        [generator.advance(state, targets[:, :2]), generator.advance(state, targets[:, 2:-1])], 1
-    )
+    later = torch.cat([generator.advance(state, targets[:, :2]), generator.advance(state, targets[:, 2:-1])], 1)
     together = torch.cat([first[:, None], later.log_softmax(-1)], 1)
     torch.testing.assert_close(together, expected, atol=1e-4, rtol=1e-4)
     assert expected.amax(-1).exp().mean() > 0.2, "flat predictions would hide a mistake"
@@ -215,9 +213,7 @@ def test_reorder_and_fork_move_hypotheses(generator):
 def test_unsupported_family_is_named(tmp_path):
     config = BertConfig(vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1)
     BertModel(config).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match="models.generator: .* is of type bert; supported are bart, "
-    ) as caught:
+    with pytest.raises(ValueError, match="models.generator: .* is of type bert; supported are bart, ") as caught:
         load_generator(str(tmp_path))
     assert "\n" not in str(caught.value)
 
@@ -251,7 +247,5 @@ def test_tokenizer_of_another_model_is_refused():
     with pytest.raises(ValueError, match="models.generator: .* tokens in the tokenizer, 20 in the model"):
         generator_from(tiny_model("bart", 20), tokenizer)
     tokenizer.eos_token = "<unk>"
-    with pytest.raises(
-        ValueError, match="models.generator: eos_token_id is 2 in the model, 3 in its tokenizer"
-    ):
+    with pytest.raises(ValueError, match="models.generator: eos_token_id is 2 in the model, 3 in its tokenizer"):
         generator_from(model, tokenizer)

@@ -116,7 +116,12 @@ def test_mlflow_has_one_run_with_everything(project):
     runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
     first = runs[0]
     assert first.info.status == "FINISHED"
-    assert {"train.learning_rate", "recipe.marginalization", "retriever.n_docs", "seed"} <= first.data.params.keys()
+    assert {
+        "train.learning_rate",
+        "recipe.marginalization",
+        "retriever.n_docs",
+        "train.seed",
+    } <= first.data.params.keys()
     wanted = {
         "train_loss_per_sequence", "val_loss_per_sequence", "val_loss_per_token", "learning_rate", "gradient_norm",
         "questions_per_second", "tokens_per_second", "seconds_per_step", "host_wait", "prior_entropy", "distinct_passages",

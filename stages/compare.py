@@ -1,0 +1,220 @@
+"""Old recipe against new, and each of the old recipe's bugs put back alone (not a stage: it starts DVC experiments).
+
+    python -m stages.compare recipes                # experiments `old`, `old-same-questions`, `new`; metrics/compare.json
+    python -m stages.compare ablation --seeds 3     # one experiment a bug and seed, queued; metrics/ablation.json
+    python -m stages.compare ablation --seeds 1 --steps 2 --questions 10    # to see that it works
+
+Experiments run in DVC's temporary copies of the last commit, so the workspace stays as it is: commit first.
+"""
+
+import argparse
+import csv
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from stages.params import load_params
+from stages.runtime import run
+
+COMPARISON, ABLATION = Path("metrics/compare.json"), Path("metrics/ablation.json")
+SHOWN = (
+    "em", "f1", "recall_at_5", "oracle_em", "val_loss_per_sequence", "val_loss_per_token", "seconds_per_step",
+    "questions_per_second", "questions_seen", "steps",
+)  # fmt: skip
+SWITCHES = (
+    "marginalization",
+    "accumulation",
+    "batching",
+    "precision",
+    "checkpoints",
+    "tensorboard",
+    "retriever_gradient",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["recipes", "ablation"])
+    parser.add_argument("--steps", type=int, help="optimizer steps of the new recipe, 32 questions each")
+    parser.add_argument("--questions", type=int, default=None, help="questions to evaluate")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="experiments at once")
+    arguments = parser.parse_args()
+    params = load_params()
+    if arguments.what == "recipes":
+        compare(arguments.steps or params.train.max_steps, arguments.questions)
+    else:
+        ablate(
+            arguments.steps or max(8, params.train.max_steps // 4), arguments.questions, arguments.seeds, arguments.jobs
+        )
+
+
+def compare(steps: int, questions: int | None) -> None:
+    """Each recipe at its own settings in the original proportion, and the old one at the new one's number of questions.
+
+    The original: 15,000 steps of 2 x 16 questions against 3,000 batches of 8, each of which makes two updates of 4.
+    """
+    old_batches = max(1, steps // 5)
+    runs = {
+        "new": [
+            "train.recipe=new",
+            "train.batch_size=2",
+            "train.gradient_accumulation_steps=16",
+            f"train.max_steps={steps}",
+        ],
+        "old": old_settings(2 * old_batches),
+        "old-same-questions": old_settings(steps * 32 // 4),
+    }
+    for name, settings in runs.items():
+        dvc("exp", "run", "--temp", "-f", "-n", name, *changes([*settings, *scored(questions)]))
+    table = {name: metrics_of(name) for name in runs}
+    write(COMPARISON, {name.replace("-", "_"): values for name, values in table.items()})
+    print_table(table, SHOWN)
+    print("\ncurves over each other: dvc plots diff old new")
+
+
+def old_settings(updates: int) -> list[str]:
+    warmup = f"train.warmup_steps={min(load_params().train.warmup_steps, updates - 1)}"
+    return [
+        "train.recipe=old", "train.batch_size=8", "train.gradient_accumulation_steps=4", f"train.max_steps={updates}", warmup,
+    ]  # fmt: skip
+
+
+def ablate(steps: int, questions: int | None, seeds: int, jobs: int) -> None:
+    """Every switch of the old recipe alone in the new one, `new` and `old` whole, all at the same number of questions."""
+    params = load_params()
+    new, old = params.recipes["new"], params.recipes["old"]
+    variants: dict[str, list[str]] = {"new": []}
+    for switch in SWITCHES:
+        variants[switch] = [f"recipes.new.{switch}={value_of(getattr(old, switch))}"]
+        assert getattr(new, switch) != getattr(old, switch), f"recipes.new.{switch} is already the old one"
+    variants["old"] = ["train.recipe=old"]
+    base = [
+        "train.batch_size=8",
+        "train.gradient_accumulation_steps=4",
+        "evaluate.decoding=fast",
+        "evaluate.num_beams=1",
+    ]
+    names = {}
+    for variant, settings in variants.items():
+        within = variant in ("accumulation", "old")
+        taken = steps * 8 if within else steps
+        warmup, often = min(params.train.warmup_steps, taken - 1), max(1, taken // 4)
+        for seed in range(1, seeds + 1):
+            name = names[variant, seed] = f"ablate-{variant.replace('_', '-')}-{seed}"
+            budget = [
+                f"train.seed={seed}", f"train.max_steps={taken}", f"train.warmup_steps={warmup}",
+                f"train.eval_steps={often}", f"train.save_steps={taken}", f"train.logging_steps={often}",
+            ]  # fmt: skip
+            dvc(
+                "exp",
+                "run",
+                "--queue",
+                "-f",
+                "-n",
+                name,
+                *changes([*settings, *base, *budget, *scored(questions)]),
+                quiet=True,
+            )
+    print(f"{len(names)} experiments queued, {jobs} at once; dvc queue status tells how far they are")
+    dvc("queue", "start", "-j", str(jobs), quiet=True)
+    wait_for_queue()
+    results = {variant: [metrics_of(names[variant, seed]) for seed in range(1, seeds + 1)] for variant in variants}
+    table = {
+        variant: {
+            "em_mean": statistics.mean(row["em"] for row in rows),
+            "em_spread": statistics.stdev(row["em"] for row in rows) if seeds > 1 else 0.0,
+            "f1_mean": statistics.mean(row["f1"] for row in rows),
+            "recall_at_5_mean": statistics.mean(row["recall_at_5"] for row in rows),
+            "val_loss_mean": statistics.mean(row["val_loss_per_sequence"] for row in rows),
+            "val_loss_spread": statistics.stdev(row["val_loss_per_sequence"] for row in rows) if seeds > 1 else 0.0,
+            "questions_per_second_mean": statistics.mean(row["questions_per_second"] for row in rows),
+            "questions_seen": rows[0]["questions_seen"],
+            "steps": rows[0]["steps"],
+            "seeds": seeds,
+        }
+        for variant, rows in results.items()
+    }
+    write(ABLATION, table)
+    with open(ABLATION.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["variant", "seed", "em"])
+        rows.writerows(
+            [variant, seed, row["em"]] for variant, found in results.items() for seed, row in enumerate(found, 1)
+        )
+    print_table(table, tuple(table["new"]))
+
+
+def value_of(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def scored(questions: int | None) -> list[str]:
+    return [f"evaluate.num_samples={questions}"] if questions else []
+
+
+def changes(settings: list[str]) -> list[str]:
+    return [part for setting in settings for part in ("-S", setting)]
+
+
+def dvc(*arguments: str, quiet: bool = False) -> None:
+    """Runs a dvc command; raises ValueError with its own words where it fails."""
+    command = [sys.executable, "-m", "dvc", *arguments]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE if quiet else None, stderr=subprocess.STDOUT if quiet else None, text=True
+    )
+    if done.returncode:
+        said = (done.stdout or "see above").strip().splitlines()[-1]
+        raise ValueError(f"dvc {' '.join(arguments[:4])} failed: {said}")
+
+
+def wait_for_queue() -> None:
+    import time
+
+    from tqdm import tqdm
+
+    def states() -> list[str]:
+        listed = subprocess.run(
+            [sys.executable, "-m", "dvc", "queue", "status"], stdout=subprocess.PIPE, text=True, check=True
+        )
+        rows = [line.split() for line in listed.stdout.splitlines() if "ablate-" in line]
+        return [next((word for word in row if word in ("Queued", "Running", "Success", "Failed")), "?") for row in rows]
+
+    total = len(states())
+    with tqdm(total=total, desc="ablation", unit=" experiments") as bar:
+        while True:
+            found = states()
+            bar.n = total - sum(state in ("Queued", "Running") for state in found)
+            bar.refresh()
+            if bar.n >= total:
+                break
+            time.sleep(5)
+    if "Failed" in found:
+        raise ValueError(f"{found.count('Failed')} experiments failed; dvc queue logs NAME tells why")
+
+
+def metrics_of(revision: str) -> dict[str, float]:
+    """The numbers of metrics/train.json and metrics/eval.json of an experiment, evaluation's under its own names."""
+    from dvc.api import metrics_show
+
+    trained = metrics_show("metrics/train.json", rev=revision)
+    evaluated = metrics_show("metrics/eval.json", rev=revision)
+    return {**evaluated, **trained, "answered_per_second": evaluated["questions_per_second"]}
+
+
+def write(path: Path, table: dict) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+
+
+def print_table(table: dict[str, dict[str, float]], names: tuple[str, ...]) -> None:
+    columns = list(table)
+    print(f"{'':28}" + "".join(f"{column:>22}" for column in columns))
+    for name in names:
+        print(f"{name:28}" + "".join(f"{table[column].get(name, float('nan')):22.3f}" for column in columns))
+
+
+if __name__ == "__main__":
+    run(main)

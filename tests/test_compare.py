@@ -1,0 +1,71 @@
+"""Comparisons through DVC's experiments: temporary runs and two queue workers, nothing lost."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from test_pipeline import project, run  # noqa: F401
+
+from stages.compare import SWITCHES, old_settings, value_of
+from stages.params import Recipe, load_params
+
+pytestmark = pytest.mark.slow
+
+
+def runs_of(folder: Path) -> dict:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    found = client.search_runs([client.get_experiment_by_name("rag-recipes").experiment_id])
+    return {one.info.run_id: one for one in found}
+
+
+def test_every_switch_of_a_recipe_is_in_the_ablation():
+    params = load_params()
+    assert set(SWITCHES) == set(Recipe.model_fields)
+    assert all(getattr(params.recipes["new"], name) != getattr(params.recipes["old"], name) for name in SWITCHES)
+    assert value_of(False) == "false" and "train.recipe=old" in old_settings(3)
+
+
+def test_both_recipes_side_by_side(project):  # noqa: F811
+    done = run(project, "python", "-m", "stages.compare", "recipes", "--steps", "5", "--questions", "4")
+    table = json.loads((project / "metrics/compare.json").read_text())
+    assert {name: (row["steps"], row["questions_seen"]) for name, row in table.items()} == {
+        "new": (5, 160), "old": (2, 8), "old_same_questions": (40, 160),
+    }  # fmt: skip
+    assert "seconds_per_step" in done.stdout
+    assert run(project, "git", "status", "--short").stdout.split() == ["??", "metrics/compare.json"]
+    difference = json.loads(run(project, "dvc", "metrics", "diff", "old", "new", "--json").stdout)
+    assert "questions_seen" in difference["metrics/train.json"]
+    (project / "metrics/compare.json").unlink()
+
+
+def test_a_grid_of_learning_rates_with_two_workers(project):  # noqa: F811
+    before = runs_of(project)
+    run(
+        project,
+        "dvc",
+        "exp",
+        "run",
+        "--queue",
+        "-S",
+        "train.learning_rate=1e-5,3e-5,5e-5",
+        "-S",
+        "evaluate.num_samples=4",
+    )
+    run(project, "dvc", "queue", "start", "-j", "2")
+    try:
+        for _ in range(60):
+            status = run(project, "dvc", "queue", "status").stdout
+            if "Running" not in status and "Queued" not in status:
+                break
+            subprocess.run(["sleep", "5"], check=True)
+        assert status.count("Success") == 3, status
+    finally:
+        run(project, "dvc", "queue", "stop", "--kill", check=False)
+    new = [one for name, one in runs_of(project).items() if name not in before]
+    assert sorted(float(one.data.params["train.learning_rate"]) for one in new) == [1e-5, 3e-5, 5e-5]
+    assert all(one.info.status == "FINISHED" and "test_em" in one.data.metrics for one in new)
+    shown = run(project, "dvc", "exp", "show", "--json", "--no-pager").stdout
+    assert all(rate in shown for rate in ("1e-05", "3e-05", "5e-05"))
