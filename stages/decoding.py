@@ -74,27 +74,28 @@ def generate(
     first = generator.step(state)
     if marginalization == "token":
         beams = _beam_search(generator, state, first, log_prior, num_beams, max_answer_tokens)
-        candidates = [[max(found, key=found.get)] for found in beams]
-        log_likelihoods = _rescore(generator, state, first, candidates, n_docs)
+        log_likelihoods = [{max(found, key=found.get): [None] * n_docs} for found in beams]
+        _complete(generator, state, first, log_likelihoods, priors)
     else:
         # Within one passage the prior changes no order; what is left of it is whether the passage is there.
         present = torch.zeros_like(log_prior).masked_fill(log_prior == -math.inf, -math.inf).view(-1, 1)
         beams = _beam_search(generator, state, first, present, num_beams, max_answer_tokens)
         by_question = [beams[row : row + n_docs] for row in range(0, len(beams), n_docs)]
         # Equal candidates fall together in a dict, which unlike a set keeps their order from run to run.
-        candidates = [list({tokens: None for found in docs for tokens in found}) for docs in by_question]
+        log_likelihoods = [
+            {
+                tokens: [found.get(tokens) for found in docs]
+                for tokens in {tokens: None for found in docs for tokens in found}
+            }
+            for docs in by_question
+        ]
         if decoding == "thorough":
-            log_likelihoods = _rescore(generator, state, first, candidates, n_docs)
-        else:
-            log_likelihoods = [
-                {tokens: [found.get(tokens, -math.inf) for found in docs] for tokens in union}
-                for docs, union in zip(by_question, candidates, strict=True)
-            ]
+            _complete(generator, state, first, log_likelihoods, priors)
 
     answers = []
     for question, prior in enumerate(priors):
         joint = {
-            tokens: [p + q if p > -math.inf else -math.inf for p, q in zip(prior, per_doc, strict=True)]
+            tokens: [-math.inf if p == -math.inf or q is None else p + q for p, q in zip(prior, per_doc, strict=True)]
             for tokens, per_doc in log_likelihoods[question].items()
         }
         if marginalization == "token":
@@ -124,12 +125,13 @@ def _beam_search(
     """
     groups, docs = log_prior.shape
     vocab, eos, device = first.shape[-1], generator.eos_token_id, first.device
-    present = log_prior > -math.inf
+    has_document = (log_prior > -math.inf).any(1)
 
     def marginal(log_probs: Tensor) -> Tensor:  # [G * beams * D, V] -> [G, beams, V]
-        joint = log_probs.view(groups, -1, docs, vocab) + log_prior[:, None, :, None]
+        joint = log_probs.view(len(log_prior), -1, docs, vocab) + log_prior[:, None, :, None]
         # Not left to the sum: what the generator says to a missing passage may be NaN.
-        return joint.masked_fill_(~present[:, None, :, None], -math.inf).logsumexp(2)
+        joint.masked_fill_(log_prior[:, None, :, None] == -math.inf, -math.inf)
+        return joint.squeeze(2) if docs == 1 else joint.logsumexp(2)
 
     def pick(hypotheses: Tensor, beams: Tensor) -> Tensor:  # [G, n, T], [G, m] -> [G, m, T]
         return hypotheses.gather(1, beams[..., None].expand(-1, -1, max_answer_tokens))
@@ -146,6 +148,8 @@ def _beam_search(
     live = torch.full((groups, num_beams, max_answer_tokens), eos, device=device)
     finished = live.clone()
     done = torch.zeros((groups, 1), dtype=torch.bool, device=device)
+    searched = torch.arange(groups, device=device)  # which groups the rows above are about
+    all_finished, all_scores = finished.clone(), finished_scores.clone()
 
     for step in range(max_answer_tokens):
         scores = live_scores[..., None] + log_probs
@@ -166,59 +170,93 @@ def _beam_search(
         live[:, :, step] = token
         # Scores only fall, so what is behind the worst finished hypothesis stays behind it.
         done = live_scores[:, :1] <= finished_scores[:, -1:]
-        if done.all():
+        waiting = int((~done).sum())
+        if waiting == 0:
             break
-        if num_beams > 1:
-            generator.reorder(state, ((group * num_beams + parent[..., None]) * docs + doc).flatten())
+        rows = (group[: len(searched)] * num_beams + parent[..., None]) * docs + doc
+        if waiting <= len(searched) // 2:
+            # Half of the rows decode for nothing: go on without the groups that are done.
+            all_finished[searched], all_scores[searched] = finished, finished_scores
+            left = torch.nonzero(~done[:, 0]).flatten()
+            state = generator.fork(state, rows[left].flatten())
+            searched, log_prior, done, token = searched[left], log_prior[left], done[left], token[left]
+            live, live_scores = live[left], live_scores[left]
+            finished, finished_scores = finished[left], finished_scores[left]
+        elif num_beams > 1:
+            generator.reorder(state, rows.flatten())
         log_probs = marginal(generator.step(state, token.repeat_interleave(docs, dim=1).flatten()))
 
-    if not (finished_scores[:, 0] > -math.inf)[present.any(1)].all():
+    all_finished[searched], all_scores[searched] = finished, finished_scores
+    if not (all_scores[:, 0] > -math.inf)[has_document].all():
         raise ValueError("the generator's probabilities are not finite: check its weights or use fp32")
     return [
         {tuple(ids[: ids.index(eos) + 1]): p for ids, p in zip(rows, scores, strict=True) if p > -math.inf}
-        for rows, scores in zip(finished.tolist(), finished_scores.tolist(), strict=True)
+        for rows, scores in zip(all_finished.tolist(), all_scores.tolist(), strict=True)
     ]
 
 
-def _rescore(
-    generator: Generator,
-    state: DecoderState,
-    first: Tensor,
-    candidates: list[list[tuple[int, ...]]],
-    n_docs: int,
-) -> list[dict[tuple[int, ...], list[float]]]:
-    """log p(y|x,z) of every candidate (tokens with EOS) of B questions under each of the question's passages.
+def _complete(
+    generator: Generator, state: DecoderState, first: Tensor, log_likelihoods: list[dict], priors: list[list[float]]
+) -> None:
+    """Fills in, for B questions, log p(y|x,z) (None: not known yet) of every candidate that can have the best marginal.
 
-    `state` and `first` [B * n_docs, V] as in `_beam_search`: the contexts' keys and values are used again.
+    `log_likelihoods` holds a list over passages for each candidate (tokens with EOS). Candidates are scored under their
+    likeliest unknown passage first. What is unknown of a marginal is at most the prior of those passages, so a candidate
+    whose bound falls below another's certain part cannot win and is taken out: no approximation, and most never meet
+    most passages.
     """
-    pairs = [
-        (question, tokens, doc)
-        for question, union in enumerate(candidates)
-        for tokens in union
-        for doc in range(n_docs)
-    ]
-    pairs.sort(key=lambda pair: len(pair[1]))  # alike lengths together, for little padding
-    longest = len(pairs[-1][1])
-    # No more rows than the beam search had, so that the caches need no more memory than there.
-    searched = max(len(first), len(pairs) // n_docs)
-    at_once = max(1, min(searched, LOGITS_AT_ONCE // (longest * first.shape[-1])))
-    scores = [{tokens: [-math.inf] * n_docs for tokens in union} for union in candidates]
-    for begin in range(0, len(pairs), at_once):
-        chunk = pairs[begin : begin + at_once]
-        width = len(chunk[-1][1])
-        rows = torch.tensor([question * n_docs + doc for question, _, doc in chunk], device=first.device)
-        padded = [tokens + (generator.eos_token_id,) * (width - len(tokens)) for _, tokens, _ in chunk]
+    n_docs = len(priors[0])
+    while True:
+        pairs = []
+        for question, (scores, prior) in enumerate(zip(log_likelihoods, priors, strict=True)):
+            certain, possible = {}, {}
+            for tokens, per_doc in scores.items():
+                known = [p + q for p, q in zip(prior, per_doc, strict=True) if q is not None and p > -math.inf]
+                unknown = [p for p, q in zip(prior, per_doc, strict=True) if q is None]
+                certain[tokens] = _logsumexp(known or [-math.inf])
+                possible[tokens] = _logsumexp(known + unknown)
+            # The slack leaves to the full sums what only rounding separates.
+            threshold = max(certain.values()) - 1e-3
+            for tokens in [tokens for tokens in scores if possible[tokens] < threshold]:
+                del scores[tokens]
+            for tokens, per_doc in scores.items():
+                waiting = [doc for doc in range(n_docs) if per_doc[doc] is None and prior[doc] > -math.inf]
+                # The winner, once it is alone, needs all its shares; rivals meet their likeliest passage.
+                chosen = waiting if len(scores) == 1 else [max(waiting, key=prior.__getitem__)] if waiting else []
+                pairs += [(question, tokens, doc) for doc in chosen]
+        if not pairs:
+            return
+        pairs.sort(key=lambda pair: len(pair[1]))  # alike lengths together, for little padding
+        rows = [question * n_docs + doc for question, _, doc in pairs]
+        scored = _score(generator, state, first, rows, [tokens for _, tokens, _ in pairs])
+        for (question, tokens, doc), log_prob in zip(pairs, scored, strict=True):
+            log_likelihoods[question][tokens][doc] = log_prob
+
+
+def _score(
+    generator: Generator, state: DecoderState, first: Tensor, rows: list[int], answers: list[tuple[int, ...]]
+) -> list[float]:
+    """log p(y|x,z) of answers (tokens with EOS, shortest first) under the contexts `rows`.
+
+    `state` and `first` [R, V] as in `_beam_search`: the contexts' keys and values are used again.
+    """
+    # No more rows than the contexts, so that the caches need little more memory than theirs.
+    at_once = max(1, min(len(first), LOGITS_AT_ONCE // (len(answers[-1]) * first.shape[-1])))
+    scores = []
+    for begin in range(0, len(rows), at_once):
+        chunk = answers[begin : begin + at_once]
+        chosen = torch.tensor(rows[begin : begin + at_once], device=first.device)
+        width = len(chunk[-1])
+        padded = [tokens + (generator.eos_token_id,) * (width - len(tokens)) for tokens in chunk]
         targets = torch.tensor(padded, device=first.device)
-        lengths = torch.tensor([len(tokens) for _, tokens, _ in chunk], device=first.device)
-        log_probs = first[rows, targets[:, 0]][:, None]
+        lengths = torch.tensor([len(tokens) for tokens in chunk], device=first.device)
+        log_probs = first[chosen, targets[:, 0]][:, None]
         if width > 1:
-            logits = generator.advance(generator.fork(state, rows), targets[:, :-1])
-            later = logits.float().log_softmax(-1).gather(2, targets[:, 1:, None]).squeeze(2)
+            logits = generator.advance(generator.fork(state, chosen), targets[:, :-1]).float()
+            later = logits.gather(2, targets[:, 1:, None]).squeeze(2) - logits.logsumexp(-1)
             log_probs = torch.cat([log_probs, later], dim=1)
         padding = torch.arange(width, device=first.device) >= lengths[:, None]
-        totals = log_probs.masked_fill(padding, 0.0).sum(1).tolist()
-        for (question, tokens, doc), total in zip(chunk, totals, strict=True):
-            scores[question][tokens][doc] = total
+        scores += log_probs.masked_fill(padding, 0.0).sum(1).tolist()
     return scores
 
 

@@ -167,9 +167,7 @@ def load_generator(path_or_name: str, dtype: torch.dtype = torch.float32) -> Gen
     config = _from_pretrained(AutoConfig, path_or_name)
     _check_family(config)
     tokenizer = load_tokenizer(path_or_name)
-    model = _from_pretrained(
-        AutoModelForSeq2SeqLM, path_or_name, config=config, dtype=dtype, use_safetensors=True
-    )
+    model = _from_pretrained(AutoModelForSeq2SeqLM, path_or_name, config=config, dtype=dtype, use_safetensors=True)
     return generator_from(model, tokenizer)
 
 
