@@ -387,10 +387,8 @@ def test_rescoring_in_small_chunks_changes_nothing(medium, monkeypatch):
 def test_a_context_is_encoded_and_projected_once(medium, family, mode):
     encoded, projected = [], []
     decoder = medium.model.get_decoder()
-    if family == "bart":
-        keys = decoder.layers[0].encoder_attn.k_proj
-    else:
-        keys = decoder.block[0].layer[1].EncDecAttention.k
+    attention = decoder.layers[0].encoder_attn if family == "bart" else decoder.block[0].layer[1].EncDecAttention
+    keys = attention.k_proj if family == "bart" else attention.k
     medium.model.get_encoder().register_forward_hook(lambda *call: encoded.append(len(call[2][0])))
     keys.register_forward_hook(lambda *call: projected.append(len(call[2])))
     run(medium, questions(medium, 4, 3), 3, 6, *mode)
