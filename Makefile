@@ -27,7 +27,7 @@ install-dev: $(VENV)/.installed-dev  ## the same with the tools for development
 repro: install  ## run the pipeline: prepare, retriever, index, train, evaluate
 	dvc repro
 	@echo
-	@dvc metrics show
+	@cat metrics/eval.json
 	@echo
 	@echo "next:  . $(VENV)/bin/activate"
 	@echo "       python -m stages.ask 'Which country is Warsaw Modlin Airport in?'"

@@ -47,7 +47,10 @@ def main() -> None:
         compare(arguments.steps or params.train.max_steps, arguments.questions)
     else:
         ablate(
-            arguments.steps or max(8, params.train.max_steps // 4), arguments.questions, arguments.seeds, arguments.jobs
+            arguments.steps or max(6, params.train.max_steps // 10),
+            arguments.questions,
+            arguments.seeds,
+            arguments.jobs,
         )
 
 
@@ -101,7 +104,7 @@ def ablate(steps: int, questions: int | None, seeds: int, jobs: int) -> None:
     for variant, settings in variants.items():
         within = variant in ("accumulation", "old")
         taken = steps * 8 if within else steps
-        warmup, often = min(params.train.warmup_steps, taken - 1), max(1, taken // 4)
+        warmup, often = min(params.train.warmup_steps, taken // 4), max(1, taken // 2)
         for seed in range(1, seeds + 1):
             name = names[variant, seed] = f"ablate-{variant.replace('_', '-')}-{seed}"
             budget = [

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, DPRContextEncoder, DPRQuestionEncoder, PreTrainedTokenizerBase
@@ -100,7 +101,7 @@ def load_encoder(path_or_name: str, key: str, as_class: type = DPRQuestionEncode
     try:
         tokenizer = AutoTokenizer.from_pretrained(path_or_name, trust_remote_code=False)
         model = ARCHITECTURES[architecture].from_pretrained(path_or_name, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{key}: '{path_or_name}' is incomplete: {_one_line(error)}") from None
     if tokenizer.pad_token_id is None:
         raise ValueError(f"{key}: the tokenizer in '{path_or_name}' has no padding token")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import BoolTensor, LongTensor, Tensor
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, EncoderDecoderCache, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
@@ -221,6 +222,6 @@ def _check_family(config) -> None:
 def _from_pretrained(auto_class, path_or_name: str, **options):
     try:
         return auto_class.from_pretrained(path_or_name, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"models.generator: {path_or_name} cannot be loaded: {reason}") from error

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
@@ -214,7 +215,7 @@ def load_rag_parts(folder: Path) -> tuple[Encoder, Generator]:
             folder / "question_encoder_tokenizer", trust_remote_code=False
         )
         generator_tokenizer = AutoTokenizer.from_pretrained(folder / "generator_tokenizer", trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{folder}: damaged or not a RAG checkpoint ({reason}); run `dvc repro --force train`"

@@ -123,8 +123,8 @@ class Trainer:
         Goes on from the latest checkpoint where there is one. Leaves the best weights in the model if the recipe keeps
         the best, else the last.
         """
+        resumed = self._resume()  # before its progress is looked at: a checkpoint brings another one
         progress, settings = self.progress, self.settings
-        resumed = self._resume()
         if resumed:
             print(f"resumed at step {progress.step} of {settings.max_steps}")
         else:

@@ -124,5 +124,5 @@ def test_damaged_model_is_named(tmp_path):
     save_rag(tiny_rag(), tmp_path, "sequence")
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(Exception, match="damaged|header|safetensors|deserializing"):
+    with pytest.raises(ValueError, match="damaged"):
         load_rag_parts(tmp_path)

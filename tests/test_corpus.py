@@ -1,0 +1,72 @@
+"""Arrow files: streamed, whole or absent, the same bytes each time."""
+
+import pytest
+
+from stages.corpus import PASSAGES, QUESTIONS, batches, positions_of, read_rows, write_rows
+
+ROWS = [{"id": f"p{i}", "title": f"Título {i}", "text": "x" * i} for i in range(2700)]
+
+
+def test_round_trip_from_a_generator(tmp_path):
+    assert write_rows(tmp_path / "a" / "passages.arrow", PASSAGES, (row for row in ROWS)) == 2700
+    rows = read_rows(tmp_path / "a" / "passages.arrow")
+    assert list(rows) == ROWS and positions_of(rows)["p1234"] == 1234
+
+
+def test_questions_keep_their_lists(tmp_path):
+    rows = [
+        {"id": "1", "question": "Who?", "answers": ["a", "b"], "positive_ids": []},
+        {"id": "2", "question": "Où?", "answers": ["c"], "positive_ids": ["p1", "p2"]},
+    ]
+    write_rows(tmp_path / "q.arrow", QUESTIONS, rows)
+    assert list(read_rows(tmp_path / "q.arrow")) == rows
+
+
+def test_the_same_rows_are_the_same_bytes(tmp_path):
+    for name in ("one", "two"):
+        write_rows(tmp_path / name, PASSAGES, iter(ROWS))
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_a_failure_in_the_middle_leaves_what_was_there(tmp_path):
+    path = tmp_path / "passages.arrow"
+
+    def broken():
+        yield from ROWS[:1500]
+        raise RuntimeError("source broke")
+
+    with pytest.raises(RuntimeError):
+        write_rows(path, PASSAGES, broken())
+    assert not path.exists()
+    write_rows(path, PASSAGES, ROWS[:2])
+    with pytest.raises(RuntimeError):
+        write_rows(path, PASSAGES, broken())
+    assert list(read_rows(path)) == ROWS[:2]
+
+
+def test_rows_are_streamed_not_collected(tmp_path):
+    """A generator that looks at the file while it runs sees earlier rows on the disk already."""
+    path, sizes = tmp_path / "passages.arrow", []
+
+    def watching():
+        for i, row in enumerate(ROWS):
+            if i % 1000 == 500:
+                sizes.append(path.with_name("passages.arrow.unfinished").stat().st_size)
+            yield row
+
+    write_rows(path, PASSAGES, watching())
+    assert sizes[0] < sizes[1] < sizes[2]
+
+
+def test_missing_and_damaged_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match="none.arrow: not found.*prepare"):
+        read_rows(tmp_path / "none.arrow")
+    path = tmp_path / "passages.arrow"
+    path.write_bytes(b"not arrow at all")
+    with pytest.raises(ValueError, match="passages.arrow: damaged") as error:
+        read_rows(path)
+    assert "\n" not in str(error.value)
+
+
+def test_batches():
+    assert list(batches(range(7), 3)) == [[0, 1, 2], [3, 4, 5], [6]] and list(batches([], 3)) == []

@@ -1,0 +1,141 @@
+"""params.yaml: what is shipped loads, what is wrong is one line that names file and key."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stages.params import load_params
+
+SHIPPED = Path("params.yaml").read_text(encoding="utf-8")
+
+
+def load(tmp_path, text: str):
+    file = tmp_path / "params.yaml"
+    file.write_text(text, encoding="utf-8")
+    return load_params(file)
+
+
+def changed(key: str, value) -> str:
+    values = yaml.safe_load(SHIPPED)
+    section = values
+    *path, last = key.split(".")
+    for part in path:
+        section = section[part]
+    if value is KeyError:
+        del section[last]
+    else:
+        section[last] = value
+    return yaml.safe_dump(values)
+
+
+def test_shipped_file_loads_and_the_new_recipe_is_the_default():
+    params = load_params()
+    assert params.train.recipe == "new" and params.recipe.marginalization == "sequence"
+
+
+def test_every_knob_has_a_comment_on_its_line():
+    explained, section = set(), ""
+    for line in SHIPPED.splitlines():
+        match = re.match(r"( *)(\w+):(?: +([^#\s][^#]*))? *(#.*)?$", line)
+        if not match or not line.strip():
+            continue
+        indent, key, value, comment = match.groups()
+        section = key if not indent else section
+        if value:
+            # The old recipe's twin under `new` explains what the key is.
+            assert comment or (section == "recipes" and key in explained), f"no comment: {line}"
+        if comment:
+            explained.add(key)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("train.learning_rate", "1e-05", 1e-5),
+        ("train.max_steps", "600", 600),
+        ("recipes.new.tensorboard", "false", False),
+        ("evaluate.num_samples", "20", 20),
+        ("evaluate.num_samples", None, None),
+    ],
+)
+def test_numbers_that_a_tool_wrote_as_text_are_numbers(tmp_path, key, value, expected):
+    params = load(tmp_path, changed(key, value))
+    for part in key.split("."):
+        params = params[part] if isinstance(params, dict) else getattr(params, part)
+    assert params == expected and type(params) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("retriever.n_dogs", 5, "retriever.n_dogs: unknown key"),
+        ("unknown", 1, "unknown: unknown key"),
+        ("train.learning_rate", KeyError, "train.learning_rate: missing"),
+        ("train", KeyError, "train: missing"),
+        ("train.learning_rate", 0, "train.learning_rate:.*greater than 0"),
+        ("train.learning_rate", "fast", "train.learning_rate:.*number.*'fast'"),
+        ("train.learning_rate", 2, "train.learning_rate:.*less than or equal to 1"),
+        ("train.max_steps", 0, "train.max_steps:.*greater than or equal to 1"),
+        ("train.max_steps", 2.5, "train.max_steps:.*integer"),
+        ("train.batch_size", -1, "train.batch_size"),
+        ("train.label_smoothing", 1.0, "train.label_smoothing:.*less than 1"),
+        ("retriever.n_docs", 0, "retriever.n_docs"),
+        ("evaluate.decoding", "slow", "evaluate.decoding:.*'thorough' or 'fast'.*'slow'"),
+        ("evaluate.split", "train", "evaluate.split"),
+        ("data.source", "web", "data.source"),
+        ("data.sample.passages", 3, "data.sample.passages"),
+        ("models.generator", "", "models.generator"),
+        ("recipes.new.marginalization", "mean", "recipes.new.marginalization"),
+        ("recipes.new.precision", "int8", "recipes.new.precision"),
+        ("train.recipe", "newer", "train.recipe: no recipe named 'newer'.*new, old"),
+        ("train.warmup_steps", 60, "train.warmup_steps.*train.max_steps"),
+        ("lengths.context_tokens", 50, "lengths.context_tokens: 50 leaves no room"),
+        ("signs.distinct_passages", 1.5, "signs.distinct_passages"),
+        ("runtime.device", "tpu", "runtime.device"),
+        ("seed", -1, "seed"),
+    ],
+)
+def test_a_wrong_value_is_one_line_with_file_and_key(tmp_path, key, value, says):
+    with pytest.raises(ValueError, match=says) as error:
+        load(tmp_path, changed(key, value))
+    assert "params.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_recipe_that_would_never_update_is_refused(tmp_path):
+    values = yaml.safe_load(SHIPPED)
+    values["train"] |= {"recipe": "old", "batch_size": 2, "gradient_accumulation_steps": 16}
+    with pytest.raises(ValueError, match="train.batch_size: 2 .*recipes.old.accumulation.*no update"):
+        load(tmp_path, yaml.safe_dump(values))
+
+
+def test_a_recipe_of_ones_own(tmp_path):
+    values = yaml.safe_load(SHIPPED)
+    values["recipes"]["mine"] = values["recipes"]["new"] | {"marginalization": "token"}
+    values["train"]["recipe"] = "mine"
+    assert load(tmp_path, yaml.safe_dump(values)).recipe.marginalization == "token"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: 1\nb: [1, 2\nc: 3\n", "line 3"),
+        ("a: 1\n\tb: 2\n", "line 2"),
+        ("", "must hold sections"),
+        ("- 1\n- 2\n", "must hold sections"),
+        ("just words", "must hold sections"),
+    ],
+)
+def test_a_file_that_is_not_parameters(tmp_path, text, says):
+    with pytest.raises(ValueError, match=says) as error:
+        load(tmp_path, text)
+    assert "params.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_and_unreadable_files(tmp_path):
+    with pytest.raises(ValueError, match="none.yaml: not found"):
+        load_params(tmp_path / "none.yaml")
+    (tmp_path / "params.yaml").write_bytes(b"\xff\xfe\x00a")
+    with pytest.raises(ValueError, match="params.yaml"):
+        load_params(tmp_path / "params.yaml")

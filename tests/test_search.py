@@ -1,0 +1,88 @@
+"""The index: inner products, honest about what it did not find, and about damage."""
+
+import faiss
+import numpy as np
+import pytest
+import torch
+
+from stages.search import PassageIndex, build_index, doc_scores, load_index, save_index
+
+VECTORS = np.random.default_rng(0).normal(size=(600, 16)).astype(np.float32) * 3
+QUERIES = torch.from_numpy(np.random.default_rng(1).normal(size=(7, 16)).astype(np.float32))
+
+
+def test_flat_is_exact_by_inner_product():
+    index = PassageIndex(build_index(VECTORS, "Flat"), torch.from_numpy(VECTORS))
+    expected = np.argsort(-(QUERIES.numpy() @ VECTORS.T), axis=1)[:, :5]
+    assert (index.search(QUERIES, 5).numpy() == expected).all()
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "HNSW16", "SQ8", "PQ4x4"])
+def test_factories_search_by_inner_product(factory):
+    index = build_index(VECTORS, factory)
+    assert index.metric_type == faiss.METRIC_INNER_PRODUCT and index.ntotal == len(VECTORS)
+    # The vector with the largest inner product is rarely the nearest one: scaled copies tell the two apart.
+    found = index.search(QUERIES.numpy(), 1)
+    assert found[1].shape == (7, 1)
+
+
+@pytest.mark.parametrize("factory", ["Flatt", "IVF", "", "IVF10000,Flat"])
+def test_a_bad_factory_is_one_line_with_its_key(factory):
+    with pytest.raises(ValueError, match="index.factory") as error:
+        build_index(VECTORS, factory)
+    assert "\n" not in str(error.value)
+
+
+def test_an_index_smaller_than_n_docs_says_so():
+    index = PassageIndex(build_index(VECTORS[:3], "Flat"), torch.from_numpy(VECTORS[:3]))
+    rows = index.search(QUERIES, 5)
+    assert (rows[:, 3:] == -1).all() and (rows[:, :3] >= 0).all()
+    scores = doc_scores(QUERIES, index.gather(rows), rows)
+    assert torch.isinf(scores[:, 3:]).all() and torch.isfinite(scores[:, :3]).all()
+
+
+def test_scores_are_fp32_under_autocast_and_carry_the_gradient():
+    questions = QUERIES.clone().requires_grad_()
+    rows = torch.arange(14).view(7, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = doc_scores(questions, torch.from_numpy(VECTORS)[rows], rows)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, (QUERIES[:, None] * torch.from_numpy(VECTORS)[rows]).sum(-1))
+    scores[:, 0].sum().backward()
+    torch.testing.assert_close(questions.grad, torch.from_numpy(VECTORS)[rows[:, 0]])
+
+
+def write(folder):
+    np.save(folder / "vectors.npy", VECTORS)
+    save_index(folder, build_index(VECTORS, "Flat"), {"factory": "Flat"})
+
+
+def test_round_trip(tmp_path):
+    write(tmp_path)
+    index = load_index(tmp_path)
+    assert torch.equal(index.vectors, torch.from_numpy(VECTORS)) and index.index.ntotal == 600
+
+
+@pytest.mark.parametrize("file", ["index.faiss", "vectors.npy", "index.json"])
+def test_missing_parts_are_named(tmp_path, file):
+    write(tmp_path)
+    (tmp_path / file).unlink()
+    with pytest.raises(ValueError, match=f"{file}: not found"):
+        load_index(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["index.faiss", "vectors.npy"])
+def test_cut_files_are_damaged(tmp_path, file):
+    write(tmp_path)
+    path = tmp_path / file
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="damaged") as error:
+        load_index(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_parts_that_do_not_belong_together(tmp_path):
+    write(tmp_path)
+    np.save(tmp_path / "vectors.npy", VECTORS[:-1])
+    with pytest.raises(ValueError, match="600 vectors.*599"):
+        load_index(tmp_path)
