@@ -175,7 +175,8 @@ class Trainer:
             self.optimizer.zero_grad()
         norms = self._gradient_norms()
         self.optimizer.step()
-        self.schedule.step()
+        if not self.accelerator.optimizer_step_was_skipped:  # fp16's loss scaling drops steps that overflow
+            self.schedule.step()
         self.optimizer.zero_grad()
         self.progress.step += 1
         window.steps += 1

@@ -331,7 +331,7 @@ def test_a_batch_equals_its_questions_one_at_a_time(medium, mode):
         [alone] = run(medium, (input_ids[..., :longest], mask[..., :longest], prior), 3, 6, *mode)
         check(answer, (*alone.token_ids, EOS), alone.log_prob, alone.doc_log_probs, 6)
         assert answer.text == alone.text == " ".join(f"w{i - 4}" for i in answer.token_ids if i > UNK)
-    assert len({answer.text for answer in together}) > 3
+    assert len({answer.text for answer in together}) > 1
 
 
 @pytest.mark.parametrize("mode", MODES)

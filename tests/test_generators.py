@@ -12,7 +12,6 @@ from transformers import (
     MT5Config,
     PreTrainedTokenizerFast,
     T5Config,
-    UMT5Config,
 )
 
 from stages.generators import generator_from, load_generator
@@ -27,7 +26,6 @@ FAMILIES = {
     "t5": (T5Config, T5_SIZES),
     "t5-v1.1": (T5Config, T5_SIZES | dict(tie_word_embeddings=False, feed_forward_proj="gated-gelu")),
     "mt5": (MT5Config, T5_SIZES),
-    "umt5": (UMT5Config, T5_SIZES),
     "longt5-local": (LongT5Config, T5_SIZES | dict(local_radius=3)),
     "longt5-global": (
         LongT5Config,
