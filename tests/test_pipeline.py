@@ -29,7 +29,7 @@ def merged(base: dict, changes: dict) -> dict:
     }
 
 
-def run(folder: Path, *command: str, check: bool = True, text: str | None = None) -> subprocess.CompletedProcess:
+def run(folder: Path, *command: str, check: bool = True, text: str = "") -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("DVC", "MLFLOW"))}
     environment |= {
         "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
