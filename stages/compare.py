@@ -71,7 +71,8 @@ def compare(steps: int, questions: int | None) -> None:
         "old-same-questions": old_settings(steps * 32 // 4),
     }
     for name, settings in runs.items():
-        dvc("exp", "run", "--temp", "-f", "-n", name, *changes([*settings, *scored(questions)]))
+        forget(name)
+        dvc("exp", "run", "--temp", "-n", name, *changes([*settings, *scored(questions)]))
     table = {name: metrics_of(name) for name in runs}
     write(COMPARISON, {name.replace("-", "_"): values for name, values in table.items()})
     print_table(table, SHOWN)
@@ -111,11 +112,11 @@ def ablate(steps: int, questions: int | None, seeds: int, jobs: int) -> None:
                 f"train.seed={seed}", f"train.max_steps={taken}", f"train.warmup_steps={warmup}",
                 f"train.eval_steps={often}", f"train.save_steps={taken}", f"train.logging_steps={often}",
             ]  # fmt: skip
+            forget(name)
             dvc(
                 "exp",
                 "run",
                 "--queue",
-                "-f",
                 "-n",
                 name,
                 *changes([*settings, *base, *budget, *scored(questions)]),
@@ -171,6 +172,13 @@ def dvc(*arguments: str, quiet: bool = False) -> None:
     if done.returncode:
         said = (done.stdout or "see above").strip().splitlines()[-1]
         raise ValueError(f"dvc {' '.join(arguments[:4])} failed: {said}")
+
+
+def forget(name: str) -> None:
+    """Removes an earlier experiment of this name; `dvc exp run --force` would also run every unchanged stage again."""
+    subprocess.run(
+        [sys.executable, "-m", "dvc", "exp", "remove", name], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
 
 
 def wait_for_queue() -> None:
