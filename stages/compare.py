@@ -8,7 +8,6 @@ Experiments run in DVC's temporary copies of the last commit, so the workspace s
 """
 
 import argparse
-import csv
 import json
 import statistics
 import subprocess
@@ -126,29 +125,71 @@ def ablate(steps: int, questions: int | None, seeds: int, jobs: int) -> None:
     dvc("queue", "start", "-j", str(jobs), quiet=True)
     wait_for_queue()
     results = {variant: [metrics_of(names[variant, seed]) for seed in range(1, seeds + 1)] for variant in variants}
-    table = {
-        variant: {
-            "em_mean": statistics.mean(row["em"] for row in rows),
-            "em_spread": statistics.stdev(row["em"] for row in rows) if seeds > 1 else 0.0,
-            "f1_mean": statistics.mean(row["f1"] for row in rows),
-            "recall_at_5_mean": statistics.mean(row["recall_at_5"] for row in rows),
-            "val_loss_mean": statistics.mean(row["val_loss_per_sequence"] for row in rows),
-            "val_loss_spread": statistics.stdev(row["val_loss_per_sequence"] for row in rows) if seeds > 1 else 0.0,
-            "questions_per_second_mean": statistics.mean(row["questions_per_second"] for row in rows),
+    table = summarise(results)
+    write(ABLATION, table)
+    draw(results, ABLATION.with_suffix(".svg"))
+    print_table(table, tuple(table["new"]))
+    print()
+    for variant in SWITCHES:
+        print(verdict(variant, table[variant]))
+
+
+def summarise(results: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Means and sample deviations over the seeds of each variant, and what it costs against `new`.
+
+    Costs are paired by seed, which fixes the order of the questions: `em_cost` is the mean of new's EM less the
+    variant's, `em_cost_spread` the deviation of these differences; the same for the validation loss, the other way round.
+    """
+
+    def spread(values: list[float]) -> float:
+        return statistics.stdev(values) if len(values) > 1 else 0.0
+
+    table = {}
+    for variant, rows in results.items():
+        ems, losses = [row["em"] for row in rows], [row["val_loss_per_sequence"] for row in rows]
+        em_costs = [best["em"] - em for best, em in zip(results["new"], ems, strict=True)]
+        loss_costs = [loss - best["val_loss_per_sequence"] for best, loss in zip(results["new"], losses, strict=True)]
+        table[variant] = {
+            "em": statistics.mean(ems),
+            "em_spread": spread(ems),
+            "em_cost": statistics.mean(em_costs),
+            "em_cost_spread": spread(em_costs),
+            "f1": statistics.mean(row["f1"] for row in rows),
+            "recall_at_5": statistics.mean(row["recall_at_5"] for row in rows),
+            "val_loss": statistics.mean(losses),
+            "val_loss_cost": statistics.mean(loss_costs),
+            "val_loss_cost_spread": spread(loss_costs),
+            "questions_per_second": statistics.mean(row["questions_per_second"] for row in rows),
             "questions_seen": rows[0]["questions_seen"],
             "steps": rows[0]["steps"],
-            "seeds": seeds,
+            "seeds": len(rows),
         }
-        for variant, rows in results.items()
-    }
-    write(ABLATION, table)
-    with open(ABLATION.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["variant", "seed", "em"])
-        rows.writerows(
-            [variant, seed, row["em"]] for variant, found in results.items() for seed, row in enumerate(found, 1)
-        )
-    print_table(table, tuple(table["new"]))
+    return table
+
+
+def verdict(variant: str, row: dict[str, float]) -> str:
+    """One line: what a switch costs in EM, or that nothing was measurable: less than twice the standard error over the seeds."""
+    noise = 2 * row["em_cost_spread"] / row["seeds"] ** 0.5
+    found = f"{row['em_cost']:+.1f} EM (twice the standard error over {row['seeds']} seeds: {noise:.1f})"
+    if abs(row["em_cost"]) <= noise or row["seeds"] < 2:
+        return f"{variant}: no measurable cost here, {found}"
+    return f"{variant}: {'costs' if row['em_cost'] > 0 else 'gains'} {found}"
+
+
+def draw(results: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """EM of every variant and seed as dots, their mean as a bar."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 0.4 * len(results) + 1), layout="constrained")
+    axes = figure.subplots()
+    names = list(results)[::-1]
+    means = [statistics.mean(row["em"] for row in results[name]) for name in names]
+    axes.barh(names, means, color="#c9d4e3")
+    for place, name in enumerate(names):
+        ems = [row["em"] for row in results[name]]
+        axes.plot(ems, [place] * len(ems), "o", color="#1f3a5f", markersize=4)
+    axes.set_xlabel("EM on the sample's test questions: mean (bar) and every seed (dots)")
+    figure.savefig(path)
 
 
 def value_of(value: object) -> str:

@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 from test_pipeline import project, run  # noqa: F401
 
-from stages.compare import SWITCHES, old_settings, value_of
+from stages.compare import SWITCHES, draw, old_settings, summarise, value_of, verdict
 from stages.params import Recipe, load_params
-
-pytestmark = pytest.mark.slow
 
 
 def runs_of(folder: Path) -> dict:
@@ -28,6 +26,35 @@ def test_every_switch_of_a_recipe_is_in_the_ablation():
     assert value_of(False) == "false" and "train.recipe=old" in old_settings(3)
 
 
+def rows_of(*ems: float) -> list[dict]:
+    return [
+        {
+            "em": em, "f1": em + 1, "recall_at_5": 90.0, "val_loss_per_sequence": 10 - em / 10, "questions_per_second": 7.0,
+            "questions_seen": 192, "steps": 6,
+        }
+        for em in ems
+    ]  # fmt: skip
+
+
+def test_costs_are_paired_by_seed(tmp_path):
+    """A switch that always takes two points costs two points, however much the seeds differ among themselves."""
+    results = {"new": rows_of(30, 50, 70), "batching": rows_of(28, 48, 68), "precision": rows_of(33, 46, 71)}
+    table = summarise(results)
+    assert table["batching"]["em_cost"] == pytest.approx(2) and table["batching"]["em_cost_spread"] == pytest.approx(0)
+    assert table["batching"]["em_spread"] == pytest.approx(20)
+    assert table["batching"]["val_loss_cost"] == pytest.approx(0.2)
+    assert table["new"]["em_cost"] == 0
+    assert verdict("batching", table["batching"]).startswith("batching: costs +2.0 EM")
+    assert "no measurable cost" in verdict("precision", table["precision"])
+    assert "no measurable cost" in verdict(
+        "batching", summarise({name: rows[:1] for name, rows in results.items()})["batching"]
+    )
+    assert "gains" in verdict("new", summarise({"new": rows_of(1, 2), "x": rows_of(5, 6)})["x"])
+    draw(results, tmp_path / "ablation.svg")
+    assert all(name in (tmp_path / "ablation.svg").read_text() for name in ("<svg", "</svg>"))
+
+
+@pytest.mark.slow
 def test_both_recipes_side_by_side(project):  # noqa: F811
     done = run(project, "python", "-m", "stages.compare", "recipes", "--steps", "5", "--questions", "4")
     table = json.loads((project / "metrics/compare.json").read_text())
@@ -43,6 +70,7 @@ def test_both_recipes_side_by_side(project):  # noqa: F811
     (project / "metrics/compare.json").unlink()
 
 
+@pytest.mark.slow
 def test_a_grid_of_learning_rates_with_two_workers(project):  # noqa: F811
     before = runs_of(project)
     run(
