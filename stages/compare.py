@@ -9,6 +9,7 @@ Experiments run in DVC's temporary copies of the last commit, so the workspace s
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -99,6 +100,8 @@ def ablate(steps: int, questions: int | None, seeds: int, jobs: int) -> None:
         "train.gradient_accumulation_steps=4",
         "evaluate.decoding=fast",
         "evaluate.num_beams=1",
+        # Workers that start together would each take all cores, which are free just then.
+        f"runtime.threads={max(1, (os.cpu_count() or jobs) // jobs)}",
     ]
     names = {}
     for variant, settings in variants.items():
