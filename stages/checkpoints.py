@@ -23,7 +23,9 @@ def fingerprint(settings: dict, inputs: list[Path]) -> str:
     Files over 64 MiB count by size and by their first and last MiB, so that 60 GB of vectors cost nothing.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    modules = {name: module for name, module in sys.modules.items() if name.startswith("stages.") or name == "__main__"}
+    # A copy: the tracking thread imports while this runs.
+    loaded = sys.modules.copy()
+    modules = {name: module for name, module in loaded.items() if name.startswith("stages.") or name == "__main__"}
     code = {Path(module.__file__) for module in modules.values() if getattr(module, "__file__", None)}
     for path in sorted(code, key=lambda file: file.name):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
