@@ -26,8 +26,7 @@ def find_file(name: str, key: str) -> Path:
     path = find(name)
     if path.is_dir():
         raise ValueError(f"{key}: {name} is a folder; name a file in it")
-    if not path.exists():
-        raise ValueError(f"{key}: {name} not found; relative paths count from the folder of params.yaml")
+    _check(path, name, key)
     return path
 
 
@@ -37,8 +36,7 @@ def describe(name: str, key: str) -> dict:
     Raises ValueError where nothing is there or where it cannot be read.
     """
     path = find(name)
-    if not path.exists():
-        raise ValueError(f"{key}: {name} not found; relative paths count from the folder of params.yaml")
+    _check(path, name, key)
     files = [path]
     if path.is_dir():
         inside = (file for file in path.rglob("*") if file.is_file())
@@ -57,6 +55,13 @@ def describe_model(name: str, key: str) -> dict:
     if find(name).exists() or name.startswith((".", "/", "~", "data/")) or name.count("/") > 1:
         return describe(name, key)
     return {name: "hub"}
+
+
+def _check(path: Path, name: str, key: str) -> None:
+    if not path.exists():
+        raise ValueError(f"{key}: {name} not found; relative paths count from the folder of params.yaml")
+    if not path.is_dir() and not path.is_file():  # a pipe would be waited on for ever
+        raise ValueError(f"{key}: {name} is neither a file nor a folder")
 
 
 def _fingerprint(file: Path) -> dict:

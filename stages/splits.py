@@ -28,7 +28,8 @@ def split_questions(given: dict[str, list[dict]], shares: Shares, seed: int) -> 
             taken += groups.pop()
         if not taken:
             raise ValueError(
-                f"data.shares.{split}: {share:g} of {total} training questions is none; raise it or set data.files.{split}"
+                f"data.shares.{split}: {share:g} of {total} training questions ({len(asked)} different ones) leaves none; "
+                f"raise it or set data.files.{split}"
             )
         splits[split] = [given["train"][row] for row in sorted(taken)]
     splits["train"] = [given["train"][row] for row in sorted(row for group in groups for row in group)]
