@@ -41,7 +41,11 @@ def _stream(files: str, key: str, nq: Nq) -> Rows:
             yield count, row
     # The hub's client raises its own errors, those of two HTTP libraries and of fsspec; all mean: not to be had.
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        if not files.startswith("hf://"):
+            raise ValueError(
+                f"{key}: {files} cannot be read ({reason}); the folder must have the hub's layout"
+            ) from None
         raise ValueError(
             f"{key}: {files} cannot be read ({reason}). Without the hub: elsewhere fetch {nq.train_files} and "
             f"{nq.test_files} of datasets/{nq.questions} and psgs_w100.tsv.gz (dl.fbaipublicfiles.com/dpr/wikipedia_split), "

@@ -1,6 +1,7 @@
 """What rows mean: field names, kinds of values, the report, ids that are unknown or come twice, splits by a seed."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -13,7 +14,7 @@ from stages.report import Report
 from stages.rows import PassageIds, Unusable, columns_of, keep_known, list_of, read_passages, read_questions, text_of
 from stages.splits import split_questions
 
-SHIPPED = yaml.safe_load(open("params.yaml", encoding="utf-8"))["data"]["fields"]
+SHIPPED = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))["data"]["fields"]
 
 
 def fields(**changes) -> Fields:
