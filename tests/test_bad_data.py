@@ -8,6 +8,7 @@ import json
 import os
 import re
 import resource
+import subprocess
 from pathlib import Path
 
 import pyarrow as pa
@@ -289,6 +290,22 @@ def test_the_disk_is_full_while_passages_are_written(project):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "data/prepared: cannot be written: File too large" in message
+
+
+def test_a_disk_of_256_kilobytes(project):
+    """The real thing, where the tests may mount: a tiny disk in place of `data`."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", "data"], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        for name in ("prepared", "tokens"):
+            Path("data", name).mkdir()
+            Path("data", name, "kept").write_bytes(b"1")
+        Path("passages.jsonl").write_bytes(passages(count=5000))
+        message = refused()
+        assert sorted(os.listdir("data")) == ["prepared", "tokens", "unusable.jsonl"]
+    finally:
+        subprocess.run(["umount", "data"], check=True)
+    assert "cannot be written: No space left on device" in message
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
