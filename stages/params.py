@@ -83,6 +83,12 @@ class Data(Section):
             for split in ("train", "passages"):
                 if getattr(self.files, split) is None:
                     raise ValueError(f"data.files.{split}: missing; data.source: files needs its path")
+            named = [name for name in self.files.model_dump().values() if name]
+            if len(set(named)) < len(named):
+                twice = next(name for name in named if named.count(name) > 1)
+                raise ValueError(
+                    f"data.files: {twice} is named twice; what is trained on cannot be what is measured on"
+                )
             if self.shares.validation + self.shares.test >= 1:
                 raise ValueError("data.shares: validation and test together must leave something to train on")
         return self

@@ -222,6 +222,7 @@ VALUES = {
     "a key left out": ({"files.test": KeyError}, "data.files.test: missing; copy its line"),
     "a path that is a number": ({"files.train": 7}, "data.files.train:.*string"),
     "an empty path": ({"files.train": ""}, "data.files.train"),
+    "one file for two splits": ({"files.test": "train.jsonl"}, "data.files: train.jsonl is named twice"),
     "a file that is not there": ({"files.train": "none.jsonl"}, "data.files.train: none.jsonl not found; relative paths"),
     "validation not there": ({"files.validation": "none.jsonl"}, "data.files.validation: none.jsonl not found"),
     "a folder": ({"files.passages": "data"}, "data.files.passages: data is a folder"),

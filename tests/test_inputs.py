@@ -104,6 +104,12 @@ def test_a_changed_model_folder_reruns_what_loads_it(project):
     run(project, "dvc", "repro")
 
 
+def test_a_warm_up_without_any_positive_says_what_to_do(project):
+    failed = run(project, "dvc", "exp", "run", "--temp", "-S", "data.positives.depth=0", check=False)
+    assert "no question has a positive passage" in failed.stderr + failed.stdout
+    assert "data.positives.depth" in failed.stderr + failed.stdout
+
+
 def test_damage_is_one_line_and_ends_the_pipeline_there(project):
     sound = (project / "own/passages.jsonl").read_bytes()
     (project / "own/passages.jsonl").write_bytes(sound + b"{\n")
