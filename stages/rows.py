@@ -106,7 +106,7 @@ def _check_names(file: str, line: int, row: dict, fields: Fields, names: dict[st
     for key, some in names.items():
         wanted = key in REQUIRED or getattr(fields, key) != SHIPPED.get(key)
         if wanted and not any(name in row for name in some):
-            there = ", ".join(map(str, row))[:200] or "none"
+            there = " ".join(", ".join(map(str, row)).split())[:200] or "none"
             raise ValueError(f"{file}:{line}: no field {' or '.join(some)}; there are: {there}; set data.fields.{key}")
 
 
@@ -125,9 +125,17 @@ def text_of(value, what: str) -> str:
         raise Unusable(f"{what} is {type(value).__name__}, not text")
     if len(value) > LONGEST[what]:
         raise Unusable(f"{what} of {len(value):,} characters, more than {LONGEST[what]:,}")
-    if "\0" in value or (not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value)):
+    if "\0" in value or not _encodable(value):
         raise Unusable(f"{what} holds a NUL or half a surrogate pair")
     return value.strip()
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def needed(text: str, what: str) -> str:
