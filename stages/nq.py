@@ -1,7 +1,8 @@
 """Natural Questions (open) and DPR's Wikipedia passages by hub name, streamed through `datasets`.
 
 Only plain Parquet files are asked for. `facebook/wiki_dpr` keeps its passages as such beside a loading script, which
-datasets >= 4 refuses to run: naming the files goes around it.
+datasets >= 4 refuses to run: naming the files goes around it. At the commits that params.yaml pins, the hub lists
+nq_open/{train,validation}-00000-of-00001.parquet (question, answer) and data/psgs_w100/no_embeddings/ (id, text, title).
 """
 
 from functools import partial

@@ -136,7 +136,8 @@ STRUCTURE = {
     "CSV quote not closed": ("train.csv", b'question,answer\na,b\n"c,d\ne,f\n', "train.csv:3: unexpected end of data.*quote"),
     "CSV stray quote": ("train.csv", b'question,answer\n"a"x,b\n', "train.csv:2: .*quote"),
     "CSV names a column twice": ("train.csv", b"question,question\na,b\n", "train.csv:1: the header names a column twice"),
-    "CSV header over two lines": ("train.csv", b'"que\nstion",answer\na,b\n', "train.csv:3: no field question; there are: que stion,"),
+    "CSV header over two lines": (
+        "train.csv", b'"que\nstion",answer\na,b\n', "train.csv:3: no field question; there are: que stion,"),
     "CSV with only a header": ("train.csv", b"question,answer\n", "train.csv: holds no rows"),
     "CSV with old Mac line ends": ("train.csv", b"question,answer\ra,b\r", "train.csv:1: "),
     "TSV without a header": ("train.tsv", b"who is it\t['a']\nwho\t['b']\n", "train.tsv:2: no field question; there are: who"),
