@@ -77,3 +77,8 @@ def test_questions_that_have_a_positive_and_test_questions_are_not_searched_for(
     }
     assert [question["id"] for question in lacking(questions, None)] == ["a", "c", "d"]
     assert [question["id"] for question in lacking(questions, 1)] == ["a", "d"]
+
+
+def test_passages_without_a_single_word():
+    passages = Dataset.from_dict({"id": ["a", "b"], "title": ["", ""], "text": ["!", "the"]})
+    assert (best_hits(passages, ["where is it", "tower"], 5) == -1).all()
