@@ -59,8 +59,11 @@ def best_hits(passages: Dataset, questions: list[str], depth: int, shard: int = 
             for batch in passages.select(range(first, last)).iter(1000)
             for title, text in zip(batch["title"], batch["text"], strict=True)
         ]
+        words_of_passages = bm25s.tokenize(texts, stopwords="en", show_progress=False)
+        if not any(words_of_passages.ids):
+            continue
         index = bm25s.BM25()
-        index.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
+        index.index(words_of_passages, show_progress=False)
         for question, words in enumerate(tokens):
             if not words:  # stop words alone
                 continue
