@@ -44,7 +44,7 @@ class Encoder:
 
     def _rows(self, first, second, limit, truncation) -> list[list[int]]:
         limit = min(limit, self.model.config.max_position_embeddings)
-        return self.tokenizer(first, second, truncation=truncation, max_length=limit)["input_ids"]
+        return self.tokenizer(first, second, truncation=truncation, max_length=limit)["input_ids"] if first else []
 
     def vectors(self, store: TokenStore, batch_tokens: int, device: torch.device, progress: str = "") -> Iterator:
         """Vectors of every row of `store`, in order: (first row, fp32 array [rows, dimension]) a sorting window.

@@ -38,9 +38,8 @@ def main() -> None:
     if settings.num_samples:
         questions = questions.select(range(min(settings.num_samples, len(questions))))
 
-    metrics, predictions = evaluate(
-        rag, questions, passages, positions_of(passages), settings, params.recipe.marginalization
-    )
+    position = positions_of(passages, {name for names in questions["positive_ids"] for name in names})
+    metrics, predictions = evaluate(rag, questions, passages, position, settings, params.recipe.marginalization)
     verdicts = evaluation_signs(metrics, params.signs)
 
     METRICS.parent.mkdir(exist_ok=True)

@@ -30,9 +30,68 @@ class Sample(Section):
     test_questions: Positive
 
 
+class Files(Section):
+    train: Name | None
+    validation: Name | None
+    test: Name | None
+    passages: Name | None
+
+
+class Fields(Section):
+    question: Name
+    answers: Name | None
+    id: Name
+    positive_ids: Name
+    passage_id: Name
+    title: Name
+    text: Name | None
+
+
+class Shares(Section):
+    validation: Annotated[float, Field(gt=0, lt=1)]
+    test: Annotated[float, Field(gt=0, lt=1)]
+
+
+class Positives(Section):
+    depth: Annotated[int, Field(ge=0, le=1000)]
+    questions: Positive | None
+
+
+class Nq(Section):
+    questions: Name
+    questions_revision: Name
+    train_files: Name
+    test_files: Name
+    passages: Name
+    passages_revision: Name
+    passage_files: Name
+
+
 class Data(Section):
-    source: Literal["sample"]
+    source: Literal["sample", "files", "nq"]
     sample: Sample
+    files: Files
+    fields: Fields
+    shares: Shares
+    positives: Positives
+    max_unusable: Share
+    nq: Nq
+
+    @model_validator(mode="after")
+    def _files_are_named(self) -> "Data":
+        if self.source == "files":
+            for split in ("train", "passages"):
+                if getattr(self.files, split) is None:
+                    raise ValueError(f"data.files.{split}: missing; data.source: files needs its path")
+            named = [name for name in self.files.model_dump().values() if name]
+            if len(set(named)) < len(named):
+                twice = next(name for name in named if named.count(name) > 1)
+                raise ValueError(
+                    f"data.files: {twice} is named twice; what is trained on cannot be what is measured on"
+                )
+            if self.shares.validation + self.shares.test >= 1:
+                raise ValueError("data.shares: validation and test together must leave something to train on")
+        return self
 
 
 class Models(Section):

@@ -1,7 +1,8 @@
 """Stage 1: questions and passages become Arrow files and, once and for all, token ids.
 
-    python -m stages.prepare                        # writes data/prepared and data/tokens
+    python -m stages.prepare                        # writes data/prepared, data/tokens and data/unusable.jsonl
     dvc exp run -S data.sample.passages=200         # a tiny one, with everything after it
+    dvc exp run -S data.source=files -S data.files.train=questions.jsonl -S data.files.passages=passages.tsv.gz
 
 Reads `seed`, `data`, `models.generator` (its tokenizer) and `lengths.context_tokens` from params.yaml.
 """
@@ -11,35 +12,59 @@ from pathlib import Path
 from stages.params import load_params
 from stages.runtime import run
 
-PREPARED, TOKENS = Path("data/prepared"), Path("data/tokens")
+PREPARED, TOKENS, UNUSABLE = Path("data/prepared"), Path("data/tokens"), Path("data/unusable.jsonl")
 
 
 def main() -> None:
     params = load_params()
-    from stages import airports
+    from stages import airports, files, nq
     from stages.contexts import write_tokens
-    from stages.corpus import PASSAGES, QUESTIONS, batches, read_rows, write_rows
+    from stages.corpus import PASSAGES, QUESTIONS, read_rows, replacing, write_rows
     from stages.generators import load_tokenizer, passage_tokens
+    from stages.outside import find
+    from stages.positives import find_positives, lacking
+    from stages.report import Report
+    from stages.rows import PassageIds, columns_of, keep_known, read_passages, read_questions
+    from stages.splits import split_questions
 
-    tokenizer = load_tokenizer(params.models.generator)
+    data = params.data
+    tokenizer = load_tokenizer(str(find(params.models.generator)))
 
-    print(f"render the sample: {params.data.sample.passages} airports")
-    passages, questions = airports.render_sample(**params.data.sample.model_dump(), seed=params.seed)
-    write_rows(PREPARED / "passages.arrow", PASSAGES, passages)
-    for split, rows in questions.items():
-        write_rows(PREPARED / f"{split}.arrow", QUESTIONS, rows)
+    with replacing(PREPARED, TOKENS) as (prepared, tokens), Report(UNUSABLE, data.max_unusable) as report:
+        if data.source == "sample":
+            print(f"render the sample: {data.sample.passages} airports")
+            passages, questions = airports.render_sample(**data.sample.model_dump(), seed=params.seed)
+            write_rows(prepared / "passages.arrow", PASSAGES, passages)
+        else:
+            columns = columns_of(data.fields)
+            tables = files.open_tables(data.files, columns) if data.source == "files" else nq.open_tables(data.nq)
+            corpus = tables.pop("passages")
+            given = {split: read_questions(table, data.fields, split, report) for split, table in tables.items()}
+            questions = split_questions(given, data.shares, params.seed)
+            every = [question for rows in questions.values() for question in rows]
 
-    # Longer rows would be cut when contexts are assembled: cutting here keeps the files small.
-    limit = params.lengths.context_tokens
-    rows = read_rows(PREPARED / "passages.arrow")
-    chunks = (
-        [
-            ids[:limit]
-            for ids in passage_tokens(tokenizer, [row["title"] for row in batch], [row["text"] for row in batch])
-        ]
-        for batch in batches(rows, 1000)
-    )
-    count = write_tokens(TOKENS, chunks, len(tokenizer))
+            ids = PassageIds(name for question in every for name in question["positive_ids"])
+            passages = ids.watch(read_passages(corpus, data.fields, bool(ids.wanted), report))
+            write_rows(prepared / "passages.arrow", PASSAGES, passages)
+            ids.check_unique(corpus, data.fields)
+            keep_known(every, ids.found, report)
+
+            searched = lacking(questions, data.positives.questions) if data.positives.depth else []
+            if searched:
+                found = find_positives(read_rows(prepared / "passages.arrow"), searched, data.positives.depth)
+                print(f"a positive by answer for {found} of the {len(searched)} questions that name none")
+            if report.counts:
+                print(f"{report.counts.total()} rows cannot be used, listed in {UNUSABLE}")
+        for split, rows in questions.items():
+            write_rows(prepared / f"{split}.arrow", QUESTIONS, rows)
+
+        # Longer rows would be cut when contexts are assembled: cutting here keeps the files small.
+        limit = params.lengths.context_tokens
+        chunks = (
+            [ids[:limit] for ids in passage_tokens(tokenizer, batch["title"], batch["text"])]
+            for batch in read_rows(prepared / "passages.arrow").iter(1000)
+        )
+        count = write_tokens(tokens, chunks, len(tokenizer))
     sizes = ", ".join(f"{len(rows)} {split}" for split, rows in questions.items())
     print(f"{count} passages; questions: {sizes}")
 

@@ -24,11 +24,12 @@ def main() -> None:
     from stages.contexts import TokenStore
     from stages.corpus import positions_of, read_rows
     from stages.encoders import load_encoder
+    from stages.outside import find
     from stages.warmup import WarmUp
 
-    settings, lengths = params.retriever, params.lengths
-    question_encoder = load_encoder(params.models.question_encoder, "models.question_encoder", DPRQuestionEncoder)
-    context_encoder = load_encoder(params.models.context_encoder, "models.context_encoder", DPRContextEncoder)
+    settings, lengths, models = params.retriever, params.lengths, params.models
+    question_encoder = load_encoder(str(find(models.question_encoder)), "models.question_encoder", DPRQuestionEncoder)
+    context_encoder = load_encoder(str(find(models.context_encoder)), "models.context_encoder", DPRContextEncoder)
     if question_encoder.dimension != context_encoder.dimension:
         raise ValueError(
             f"models.context_encoder: its vectors have {context_encoder.dimension} dimensions, those of "
@@ -38,10 +39,18 @@ def main() -> None:
     warm_up = WarmUp(question_encoder, context_encoder, device)
 
     passages = read_rows(PREPARED / "passages.arrow")
-    position = positions_of(passages)
+    known = {
+        split: [row for row in read_rows(PREPARED / f"{split}.arrow") if row["positive_ids"]]
+        for split in ("train", "validation")
+    }
+    position = positions_of(passages, {row["positive_ids"][0] for rows in known.values() for row in rows})
     questions = {}
-    for split in ("train", "validation"):
-        rows = [row for row in read_rows(PREPARED / f"{split}.arrow") if row["positive_ids"]]
+    for split, rows in known.items():
+        if not rows and settings.steps:
+            raise ValueError(
+                f"{PREPARED / split}.arrow: no question has a positive passage, the warm-up needs some; name them in "
+                "data.fields.positive_ids, raise data.positives.depth to find them by answer, or set retriever.steps: 0"
+            )
         store = TokenStore.from_rows(
             question_encoder.question_rows([row["question"] for row in rows], lengths.question_tokens)
         )
@@ -54,7 +63,9 @@ def main() -> None:
     passage_store = TokenStore.from_rows(passage_rows)
     gold = {split: torch.tensor([renumbered[passage] for passage in rows]) for split, (_, rows) in questions.items()}
 
-    before = warm_up.validate(questions["validation"][0], passage_store, gold["validation"], settings.batch_size)
+    before = 0.0
+    if known["validation"]:
+        before = warm_up.validate(questions["validation"][0], passage_store, gold["validation"], settings.batch_size)
     after, loss = before, 0.0
     if settings.steps:
         loss = warm_up.train(

@@ -38,13 +38,15 @@ def main() -> None:
     from stages.contexts import TokenStore
     from stages.corpus import read_rows
     from stages.curves import Curves, summary
+    from stages.outside import find
     from stages.recipes import mixed_precision
     from stages.search import load_index
     from stages.signs import training_signs
     from stages.tracking import environment_tags, open_run, root_folder
     from stages.training import Trainer
 
-    encoder, generator = rag_model.load_base_parts(str(RETRIEVER / "question_encoder"), params.models.generator)
+    base_generator = find(params.models.generator)
+    encoder, generator = rag_model.load_base_parts(str(RETRIEVER / "question_encoder"), str(base_generator))
     torch.manual_seed(params.train.seed)
     rag = rag_model.open_rag(
         encoder, generator, load_index(INDEX), TokenStore.open(TOKENS), params.retriever.n_docs, params.lengths, device
@@ -55,7 +57,7 @@ def main() -> None:
         examples[split] = rag.examples(list(rows["question"]), [answers[0] for answers in rows["answers"]]).to(device)
 
     root = root_folder()
-    generator_files = [Path(params.models.generator)] if Path(params.models.generator).is_dir() else []
+    generator_files = [base_generator] if base_generator.is_dir() else []
     name = fingerprint(settings_of(params), [PREPARED, TOKENS, RETRIEVER / "question_encoder", INDEX, *generator_files])
     checkpoints = Checkpoints(root / ".checkpoints" / name, params.train.save_total_limit)
     trainer = Trainer(

@@ -1,8 +1,9 @@
 """Arrow files: streamed, whole or absent, the same bytes each time."""
 
 import pytest
+from datasets import Dataset
 
-from stages.corpus import PASSAGES, QUESTIONS, batches, positions_of, read_rows, write_rows
+from stages.corpus import PASSAGES, QUESTIONS, batches, positions_of, read_rows, replacing, write_rows
 
 ROWS = [{"id": f"p{i}", "title": f"Título {i}", "text": "x" * i} for i in range(2700)]
 
@@ -70,3 +71,38 @@ def test_missing_and_damaged_files_are_named(tmp_path):
 
 def test_batches():
     assert list(batches(range(7), 3)) == [[0, 1, 2], [3, 4, 5], [6]] and list(batches([], 3)) == []
+
+
+def test_only_wanted_positions():
+    rows = Dataset.from_list(ROWS)
+    assert positions_of(rows, {"p3", "p2699", "none"}) == {"p3": 3, "p2699": 2699}
+
+
+def test_folders_are_replaced_whole_or_not_at_all(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    (one / "old").write_text("old")
+    with pytest.raises(KeyError), replacing(one, two) as (new_one, _):
+        (new_one / "new").write_text("new")
+        raise KeyError
+    assert [file.name for file in tmp_path.rglob("*")] == ["one", "old"]
+    with replacing(one, two) as (new_one, new_two):
+        (new_one / "new").write_text("new")
+        (new_two / "new").write_text("new")
+        assert (one / "old").exists()
+    assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")) == [
+        "one",
+        "one/new",
+        "two",
+        "two/new",
+    ]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with (
+        pytest.raises(ValueError, match="file/one.unfinished: cannot be written: Not a directory"),
+        replacing(tmp_path / "file" / "one"),
+    ):
+        pass
+    assert (tmp_path / "file").read_text() == "mine"

@@ -1,0 +1,50 @@
+"""Stage 0: what params.yaml names outside the pipeline (own data, model folders), as sizes and hashes.
+
+    python -m stages.inputs                         # writes data/inputs, in well under a second
+
+DVC runs it every time. The other stages depend on what it writes: a changed file reruns what reads it, nothing else does.
+"""
+
+import json
+from pathlib import Path
+
+from stages.outside import describe, describe_model, find
+from stages.params import Data, load_params
+from stages.runtime import run
+
+INPUTS = Path("data/inputs")
+
+
+def main() -> None:
+    params = load_params()
+    models = params.models
+    import_path = getattr(params.index, "import_path", None)
+    found = {
+        "data": {key: describe(name, key) for key, name in files_of(params.data).items()},
+        "encoders": {
+            "question_encoder": describe_model(models.question_encoder, "models.question_encoder"),
+            "context_encoder": describe_model(models.context_encoder, "models.context_encoder"),
+        },
+        "generator": {"generator": describe_model(models.generator, "models.generator")},
+        "index": {"import_path": describe(import_path, "index.import_path")} if import_path else {},
+    }
+
+    INPUTS.mkdir(parents=True, exist_ok=True)
+    for name, entries in found.items():
+        unfinished = INPUTS / f"{name}.json.unfinished"
+        unfinished.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        unfinished.replace(INPUTS / f"{name}.json")
+
+
+def files_of(data: Data) -> dict[str, str]:
+    """The paths that the chosen source reads, by the parameter that names them."""
+    if data.source == "files":
+        return {f"data.files.{split}": name for split, name in data.files.model_dump().items() if name}
+    if data.source == "nq":
+        named = {"data.nq.questions": data.nq.questions, "data.nq.passages": data.nq.passages}
+        return {key: name for key, name in named.items() if find(name).is_dir()}  # else a hub name with its revision
+    return {}
+
+
+if __name__ == "__main__":
+    run(main)
