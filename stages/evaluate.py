@@ -31,16 +31,21 @@ def main() -> None:
     settings = params.evaluate
     encoder, generator = load_rag_parts(MODEL)
     rag = open_rag(
-        encoder, generator, load_index(INDEX), TokenStore.open(TOKENS), params.retriever.n_docs, params.lengths, device
+        encoder,
+        generator,
+        load_index(INDEX, params.index),
+        TokenStore.open(TOKENS),
+        params.retriever.n_docs,
+        params.lengths,
+        device,
     )
     passages = read_rows(PREPARED / "passages.arrow")
     questions = read_rows(PREPARED / f"{settings.split}.arrow")
     if settings.num_samples:
         questions = questions.select(range(min(settings.num_samples, len(questions))))
 
-    metrics, predictions = evaluate(
-        rag, questions, passages, positions_of(passages), settings, params.recipe.marginalization
-    )
+    position = positions_of(passages, {name for names in questions["positive_ids"] for name in names})
+    metrics, predictions = evaluate(rag, questions, passages, position, settings, params.recipe.marginalization)
     verdicts = evaluation_signs(metrics, params.signs)
 
     METRICS.parent.mkdir(exist_ok=True)

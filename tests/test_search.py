@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from stages.search import PassageIndex, build_index, doc_scores, load_index, save_index
+from stages.kinds import build_index
+from stages.search import PassageIndex, doc_scores, load_index, save_index
 
 VECTORS = np.random.default_rng(0).normal(size=(600, 16)).astype(np.float32) * 3
 QUERIES = torch.from_numpy(np.random.default_rng(1).normal(size=(7, 16)).astype(np.float32))
@@ -84,5 +85,6 @@ def test_cut_files_are_damaged(tmp_path, file):
 def test_parts_that_do_not_belong_together(tmp_path):
     write(tmp_path)
     np.save(tmp_path / "vectors.npy", VECTORS[:-1])
+    save_index(tmp_path, build_index(VECTORS, "Flat"), {"factory": "Flat"})
     with pytest.raises(ValueError, match="600 vectors.*599"):
         load_index(tmp_path)

@@ -1,0 +1,79 @@
+"""Files that params.yaml names and that no stage makes: where they are, and what they hold as size and hash.
+
+Relative paths count from the folder of params.yaml. `dvc exp run --temp` and `--queue` run in a copy of the last commit,
+where files that git does not track are missing: there the path counts from $DVC_ROOT, the repository that the user sees.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+WHOLE = 64 * 2**20  # bytes: of larger files only the two ends are read, so that this costs no time at every `dvc repro`
+END = 2**20
+
+
+def find(name: str) -> Path:
+    """The path that a parameter names; one that exists nowhere (a hub name, for example) comes back as it is."""
+    path = Path(name).expanduser()
+    root = os.environ.get("DVC_ROOT")
+    if root and not path.exists() and (Path(root) / path).exists():
+        return Path(root) / path
+    return path
+
+
+def find_file(name: str, key: str) -> Path:
+    """The file that the parameter `key` names. Raises ValueError where there is none."""
+    path = find(name)
+    if path.is_dir():
+        raise ValueError(f"{key}: {name} is a folder; name a file in it")
+    _check(path, name, key)
+    return path
+
+
+def describe(name: str, key: str) -> dict:
+    """What is behind a path: {path: {bytes, sha256}} for a file, the same for every file of a folder.
+
+    Raises ValueError where nothing is there or where it cannot be read.
+    """
+    path = find(name)
+    _check(path, name, key)
+    files = [path]
+    if path.is_dir():
+        inside = (file for file in path.rglob("*") if file.is_file())
+        files = sorted(file for file in inside if not any(part[0] == "." for part in file.relative_to(path).parts))
+    try:
+        return {str(Path(name) / file.relative_to(path)): _fingerprint(file) for file in files}
+    except OSError as error:
+        raise ValueError(f"{key}: {error.filename} cannot be read: {error.strerror}") from None
+
+
+def describe_model(name: str, key: str) -> dict:
+    """As `describe` for a model's folder; {name: "hub"} for what can only be a hub name.
+
+    A hub name has at most one slash. Raises ValueError for a path that leads nowhere.
+    """
+    if find(name).exists() or name.startswith((".", "/", "~", "data/")) or name.count("/") > 1:
+        return describe(name, key)
+    return {name: "hub"}
+
+
+def _check(path: Path, name: str, key: str) -> None:
+    if not path.exists():
+        raise ValueError(f"{key}: {name} not found; relative paths count from the folder of params.yaml")
+    if not path.is_dir() and not path.is_file():  # a pipe would be waited on for ever
+        raise ValueError(f"{key}: {name} is neither a file nor a folder")
+
+
+def _fingerprint(file: Path) -> dict:
+    """Of a file over WHOLE bytes the hash covers the first and the last MiB; its size tells most changes between them."""
+    size = file.stat().st_size
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        if size <= WHOLE:
+            while block := opened.read(END):
+                digest.update(block)
+            return {"bytes": size, "sha256": digest.hexdigest()}
+        digest.update(opened.read(END))
+        opened.seek(size - END)
+        digest.update(opened.read(END))
+    return {"bytes": size, "sha256_of_ends": digest.hexdigest()}
