@@ -5,6 +5,7 @@ outside DVC's outputs, which DVC deletes before a stage runs.
 """
 
 import hashlib
+import io
 import json
 import os
 import sys
@@ -25,8 +26,9 @@ FINISHED = "shards.json"
 
 
 def encode_passages(
-    encoder: Encoder, passages: Dataset, passage_tokens: int, batch_tokens: int, device: torch.device, folder: Path
-) -> Path:
+    encoder: Encoder, passages: Dataset, passage_tokens: int, batch_tokens: int, device: torch.device, folder: Path,
+    shard: int = SHARD,
+) -> Path:  # fmt: skip
     """Writes the passages' vectors as `folder/index/vectors.npy`, fp32 [N, d], and returns its path.
 
     `folder` belongs to these passages, this encoder and these settings alone. A finished shard that is there already,
@@ -34,13 +36,13 @@ def encode_passages(
     """
     file = folder / "index" / "vectors.npy"
     file.parent.mkdir(parents=True, exist_ok=True)
-    finished = _finished(folder, file) if file.exists() else {}
     start = _prepare(file, (len(passages), encoder.dimension))
-    todo = [first for first in range(0, len(passages), SHARD) if str(first) not in finished]
-    bar = tqdm(total=len(passages), initial=len(passages) - _rows(todo, len(passages)), desc="encode passages",
-               unit=" passages")  # fmt: skip
+    finished = _finished(folder, file, start, 4 * encoder.dimension)
+    todo = [first for first in range(0, len(passages), shard) if str(first) not in finished]
+    done = len(passages) - sum(min(shard, len(passages) - first) for first in todo)
+    bar = tqdm(total=len(passages), initial=done, desc="encode passages", unit=" passages")
     with open(file, "r+b") as vectors, bar:
-        for first, store in _tokenized(encoder, passages, passage_tokens, todo):
+        for first, store in _tokenized(encoder, passages, passage_tokens, todo, shard):
             digest = hashlib.sha256()
             vectors.seek(start + first * encoder.dimension * 4)
             for _, rows in encoder.vectors(store, batch_tokens, device):
@@ -65,32 +67,38 @@ def encode_some(
 
 
 def _tokenized(
-    encoder: Encoder, passages: Dataset, passage_tokens: int, todo: list[int]
+    encoder: Encoder, passages: Dataset, passage_tokens: int, todo: list[int], shard: int
 ) -> Iterator[tuple[int, TokenStore]]:
     """Each shard's token ids; the next one is made in a thread while this one is encoded (tokenizers release the GIL)."""
 
     def tokenize(first: int) -> TokenStore:
-        chunk = passages[first : first + SHARD]
+        chunk = passages[first : first + shard]
         return TokenStore.from_rows(encoder.passage_rows(chunk["title"], chunk["text"], passage_tokens))
 
     with ThreadPoolExecutor(max_workers=1) as thread:
-        waiting = thread.submit(tokenize, todo[0]) if todo else None
-        for first, following in zip(todo, [*todo[1:], None], strict=True):
-            store = waiting.result()
-            waiting = None if following is None else thread.submit(tokenize, following)
+        waiting = [thread.submit(tokenize, first) for first in todo[:1]]
+        for place, first in enumerate(todo):
+            store = waiting.pop().result()
+            waiting += [thread.submit(tokenize, following) for following in todo[place + 1 : place + 2]]
             yield first, store
 
 
 def _prepare(file: Path, shape: tuple[int, int]) -> int:
-    """Makes the .npy file at its final size where it is missing; returns where its numbers start."""
+    """Gives the .npy file its header and its final size (what is not written takes no space); returns the header's length."""
     if not file.exists():
-        unfinished = file.with_name(file.name + ".unfinished")
-        np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float32, shape=shape).flush()
-        unfinished.replace(file)
-    return file.stat().st_size - shape[0] * shape[1] * 4
+        file.touch()
+        (file.parent.parent / FINISHED).unlink(missing_ok=True)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": shape}
+    )
+    with open(file, "r+b") as vectors:
+        vectors.write(header.getvalue())
+        vectors.truncate(len(header.getvalue()) + 4 * shape[0] * shape[1])
+    return len(header.getvalue())
 
 
-def _finished(folder: Path, file: Path) -> dict[str, dict]:
+def _finished(folder: Path, file: Path, start: int, row_bytes: int) -> dict[str, dict]:
     """The recorded shards whose content is what was recorded; the others are named and encoded again."""
     try:
         recorded = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
@@ -98,10 +106,8 @@ def _finished(folder: Path, file: Path) -> dict[str, dict]:
         return {}
     whole = {}
     with open(file, "rb") as vectors:
-        shape, _, _ = (np.lib.format.read_magic(vectors), np.lib.format.read_array_header_1_0(vectors))[1]
-        start = vectors.tell()
         for first, facts in recorded.items():
-            vectors.seek(start + int(first) * shape[1] * 4)
+            vectors.seek(start + int(first) * row_bytes)
             content = vectors.read(facts["size"])
             if len(content) == facts["size"] and hashlib.sha256(content).hexdigest() == facts["sha256"]:
                 whole[first] = facts
@@ -117,7 +123,3 @@ def _write_finished(folder: Path, finished: dict[str, dict]) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     unfinished.replace(folder / FINISHED)
-
-
-def _rows(firsts: list[int], passages: int) -> int:
-    return sum(min(SHARD, passages - first) for first in firsts)

@@ -69,7 +69,7 @@ def open_imported(path: Path, dimension: int, passages: int) -> Imported:
         raise ValueError(
             f"{KEY}: {path}: damaged or not a FAISS index (FAISS cannot read it: {reason}); export it again"
         )
-    index = faiss.downcast_index(opened(path))
+    index = opened(path)
     if index.d != dimension:
         raise ValueError(
             f"{KEY}: {path} holds vectors of {index.d} dimensions, the context encoder makes {dimension}; "
