@@ -35,7 +35,13 @@ def main() -> None:
 
     encoder, generator = load_rag_parts(MODEL)
     rag = open_rag(
-        encoder, generator, load_index(INDEX), TokenStore.open(TOKENS), params.retriever.n_docs, params.lengths, device
+        encoder,
+        generator,
+        load_index(INDEX, params.index),
+        TokenStore.open(TOKENS),
+        params.retriever.n_docs,
+        params.lengths,
+        device,
     )
     rag.eval()
     passages = read_rows(PREPARED / "passages.arrow")

@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-MANIFEST = "manifest.json"
-WHOLE_FILE_LIMIT = 64 << 20
+from stages import manifest
 
 
 def fingerprint(settings: dict, inputs: list[Path]) -> str:
@@ -37,13 +36,16 @@ def fingerprint(settings: dict, inputs: list[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
+def checkpoint_folder(name: str) -> Path:
+    """Where checkpoints of this fingerprint lie: at the real root, in DVC's temporary runs too."""
+    return Path(os.environ.get("DVC_ROOT") or ".").resolve() / ".checkpoints" / name
+
+
 def _content(file: Path) -> bytes:
+    if file.stat().st_size > manifest.WHOLE_FILE_LIMIT:
+        return manifest.ends(file)
     with open(file, "rb") as stream:
-        if file.stat().st_size <= WHOLE_FILE_LIMIT:
-            return hashlib.file_digest(stream, "sha256").digest()
-        head = stream.read(1 << 20)
-        stream.seek(-(1 << 20), os.SEEK_END)
-        return head + stream.read()
+        return hashlib.file_digest(stream, "sha256").digest()
 
 
 class Checkpoints:
@@ -67,7 +69,7 @@ class Checkpoints:
     def latest(self) -> tuple[dict[str, torch.Tensor], dict] | None:
         """Weights and state of the newest checkpoint that is whole; damaged ones are named and passed over."""
         for folder in reversed(self._steps()):
-            problem = _damage(folder)
+            problem = manifest.damage(folder, whole=True)
             if problem is None:
                 state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
                 return load_file(folder / "weights.safetensors"), state
@@ -78,7 +80,7 @@ class Checkpoints:
         folder = self.folder / "best"
         if not folder.is_dir():
             return None
-        problem = _damage(folder)
+        problem = manifest.damage(folder, whole=True)
         if problem is not None:
             raise ValueError(f"{folder}: {problem}; delete {self.folder} to train again from the start")
         return load_file(folder / "weights.safetensors")
@@ -96,50 +98,15 @@ class Checkpoints:
         unfinished.mkdir()
         save_file(weights, unfinished / "weights.safetensors")
         torch.save(state, unfinished / "state.pt")
-        manifest = {}
-        for file in sorted(unfinished.iterdir()):
-            with open(file, "rb") as stream:
-                manifest[file.name] = {
-                    "size": file.stat().st_size,
-                    "sha256": hashlib.file_digest(stream, "sha256").hexdigest(),
-                }
-                os.fsync(stream.fileno())
-        with open(unfinished / MANIFEST, "w", encoding="utf-8") as stream:
-            json.dump(manifest, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
+        manifest.record_folder(unfinished)
         replaced = self.folder / f"{name}.replaced.unfinished"
         shutil.rmtree(replaced, ignore_errors=True)
         if target.exists():
             target.rename(replaced)
         unfinished.rename(target)
-        _sync_folder(self.folder)
+        manifest.sync_folder(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
         return target
-
-
-def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "unfinished or without a readable manifest"
-    for name, expected in manifest.items():
-        file = folder / name
-        if not file.is_file() or file.stat().st_size != expected["size"]:
-            return f"{name} is missing or cut short"
-        with open(file, "rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != expected["sha256"]:
-                return f"{name} is damaged"
-    return None
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def own_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stages import manifest
+
 
 @dataclass
 class TokenStore:
@@ -39,6 +41,7 @@ class TokenStore:
         for name in ("tokens.npy", "offsets.npy"):
             if not (folder / name).is_file():
                 raise ValueError(f"{folder / name}: not found; run `dvc repro` (or python -m stages.prepare) first")
+        manifest.check(folder, ("tokens.npy", "offsets.npy"), "run `dvc repro --force prepare`")
         try:
             tokens = np.load(folder / "tokens.npy", mmap_mode="c", allow_pickle=False)
             offsets = np.load(folder / "offsets.npy", allow_pickle=False)
@@ -76,6 +79,7 @@ def write_tokens(folder: Path, chunks: Iterable[list[list[int]]], vocab_size: in
         file.seek(0)
         _write_header(file, dtype, int(offsets[-1]))
     np.save(folder / "offsets.npy", offsets)
+    manifest.record(folder / "tokens.npy", folder / "offsets.npy")
     return len(offsets) - 1
 
 

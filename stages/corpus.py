@@ -8,7 +8,10 @@ from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
+
+from stages import manifest
 
 PASSAGES = pa.schema([("id", pa.string()), ("title", pa.large_string()), ("text", pa.large_string())])
 QUESTIONS = pa.schema(
@@ -20,6 +23,7 @@ QUESTIONS = pa.schema(
     ]
 )
 ROWS_A_BATCH = 1000
+IDS_A_SCAN = 65536
 
 
 def write_rows(path: Path, schema: pa.Schema, rows: Iterable[dict]) -> int:
@@ -35,6 +39,7 @@ def write_rows(path: Path, schema: pa.Schema, rows: Iterable[dict]) -> int:
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
+    manifest.record(path)
     return count
 
 
@@ -42,6 +47,9 @@ def read_rows(path: Path) -> Dataset:
     """The rows of an Arrow file, memory-mapped."""
     if not path.is_file():
         raise ValueError(f"{path}: not found; run `dvc repro` (or python -m stages.prepare) first")
+    problem = manifest.damage(path.parent, (path.name,))
+    if problem:
+        raise ValueError(f"{path}: damaged ({problem}); delete it and run `dvc repro --force prepare`")
     try:
         return Dataset.from_file(str(path))
     except (pa.ArrowInvalid, OSError) as error:
@@ -50,8 +58,15 @@ def read_rows(path: Path) -> Dataset:
 
 def positions_of(passages: Dataset, wanted: set[str] | None = None) -> dict[str, int]:
     """The row of every passage id, or of the wanted ones: 21 million ids need 3 GB, those that questions name little."""
-    rows = enumerate(name for batch in passages.iter(ROWS_A_BATCH) for name in batch["id"])
-    return {name: row for row, name in rows if wanted is None or name in wanted}
+    ids = passages.select_columns("id").with_format("arrow")
+    names = None if wanted is None else pa.array(sorted(wanted), pa.string())
+    found, first = {}, 0
+    for table in ids.iter(IDS_A_SCAN):
+        column = table["id"].combine_chunks()
+        rows = pa.array(range(len(column))) if names is None else pc.indices_nonzero(pc.is_in(column, value_set=names))
+        found.update(zip(column.take(rows).to_pylist(), (first + row for row in rows.to_pylist()), strict=True))
+        first += len(column)
+    return found
 
 
 @contextmanager

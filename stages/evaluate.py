@@ -31,7 +31,13 @@ def main() -> None:
     settings = params.evaluate
     encoder, generator = load_rag_parts(MODEL)
     rag = open_rag(
-        encoder, generator, load_index(INDEX), TokenStore.open(TOKENS), params.retriever.n_docs, params.lengths, device
+        encoder,
+        generator,
+        load_index(INDEX, params.index),
+        TokenStore.open(TOKENS),
+        params.retriever.n_docs,
+        params.lengths,
+        device,
     )
     passages = read_rows(PREPARED / "passages.arrow")
     questions = read_rows(PREPARED / f"{settings.split}.arrow")

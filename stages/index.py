@@ -1,21 +1,24 @@
 """Stage 3: every passage becomes a vector, the vectors a FAISS index by inner product.
 
     python -m stages.index                          # reads data/prepared and data/retriever, writes data/index
-    dvc exp run -S index.factory=IVF64,Flat         # an approximate index
+    dvc exp run -S index.factory=IVF64,Flat -S index.nprobe=8      # an approximate index
+    dvc exp run -S index.import_path=my.faiss       # an index that was built elsewhere
 
-`vectors.npy` keeps the vectors themselves: training needs them for scores with a gradient.
+`vectors.npy` keeps the vectors themselves: training needs them for scores with a gradient. Killed and started again, it
+goes on with the first passages that are not encoded yet.
 """
 
 import json
+import shutil
 import time
 from pathlib import Path
 
 from stages.params import load_params
 from stages.runtime import prepare_torch, run
 
-PREPARED, ENCODER, INDEX = Path("data/prepared"), Path("data/retriever/context_encoder"), Path("data/index")
+PREPARED, RETRIEVER, INDEX = Path("data/prepared"), Path("data/retriever"), Path("data/index")
 METRICS = Path("metrics/index.json")
-PASSAGES_A_CHUNK = 32768
+RECALL_QUESTIONS = 256
 
 
 def main() -> None:
@@ -24,49 +27,77 @@ def main() -> None:
     import faiss
     import numpy as np
     import torch
-    from tqdm import tqdm
     from transformers import DPRContextEncoder
 
-    from stages.contexts import TokenStore
-    from stages.corpus import batches, read_rows
+    from stages.checkpoints import checkpoint_folder, fingerprint
+    from stages.corpus import read_rows
     from stages.encoders import load_encoder
-    from stages.search import build_index, save_index
+    from stages.encoding import encode_passages, encode_some
+    from stages.importing import SAMPLE, check_sample, open_imported, write_vectors
+    from stages.kinds import build_index, empty_index, set_search_parameters
+    from stages.outside import find
+    from stages.quality import search_quality
+    from stages.search import describe_index, load_index, put_in_place, write_index
 
+    settings, lengths = params.index, params.lengths
     faiss.omp_set_num_threads(torch.get_num_threads())
     passages = read_rows(PREPARED / "passages.arrow")
-    encoder = load_encoder(str(ENCODER), "models.context_encoder", DPRContextEncoder)
+    encoder = load_encoder(str(RETRIEVER / "context_encoder"), "models.context_encoder", DPRContextEncoder)
     encoder.model.to(device)
 
-    INDEX.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-    shape = (len(passages), encoder.dimension)
-    vectors = np.lib.format.open_memmap(INDEX / "vectors.npy", mode="w+", dtype=np.float32, shape=shape)
-    done = 0
-    bar = tqdm(total=len(passages), desc="encode passages", unit=" passages")
-    for chunk in batches(passages, PASSAGES_A_CHUNK):
-        titles, texts = [row["title"] for row in chunk], [row["text"] for row in chunk]
-        store = TokenStore.from_rows(encoder.passage_rows(titles, texts, params.lengths.passage_tokens))
-        for first, rows in encoder.vectors(store, params.index.batch_tokens, device):
-            vectors[done + first : done + first + len(rows)] = rows
-            bar.update(len(rows))
-        done += len(chunk)
-    bar.close()
-    vectors.flush()
-    seconds = time.perf_counter() - started
+    # What cannot work is known before hours of encoding.
+    imported = None
+    if settings.import_path:
+        imported = open_imported(find(settings.import_path), encoder.dimension, len(passages))
+        rows = np.sort(np.random.default_rng(0).permutation(len(passages))[:SAMPLE])
+        check_sample(imported, rows, encode_some(encoder, passages, rows, lengths.passage_tokens, device))
+        set_search_parameters(imported.index, settings)
+    else:
+        set_search_parameters(empty_index(encoder.dimension, settings.factory, len(passages)), settings)
 
-    index = build_index(vectors, params.index.factory)
-    facts = {"factory": params.index.factory, "passages": len(passages), "dimension": encoder.dimension}
-    save_index(INDEX, index, facts)
+    # Neither the kind of index nor what is searched changes a vector: they are not part of the fingerprint.
+    copied = imported is not None and imported.holds_vectors
+    what = {
+        "passage_tokens": lengths.passage_tokens, "batch_tokens": settings.batch_tokens, "device": device.type, "copied": copied,
+    }  # fmt: skip
+    work = checkpoint_folder(fingerprint(what, [PREPARED / "passages.arrow", RETRIEVER / "context_encoder"]))
+    result = work / "index"
+    result.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    if copied:
+        write_vectors(imported, result / "vectors.npy")
+    else:
+        encode_passages(encoder, passages, lengths.passage_tokens, settings.batch_tokens, device, work)
+    encoded = time.perf_counter()
+
+    kind = "imported" if imported else settings.factory
+    if imported:
+        shutil.copyfile(imported.path, result / "index.faiss")
+    else:
+        vectors = np.load(result / "vectors.npy", mmap_mode="r", allow_pickle=False)
+        write_index(build_index(vectors, settings.factory, settings.train_size), result)
+    describe_index(result, {"factory": kind, "passages": len(passages), "dimension": encoder.dimension})
+    built = time.perf_counter()
+
+    asking = load_encoder(str(RETRIEVER / "question_encoder"), "models.question_encoder")
+    asking.model.to(device)
+    questions = read_rows(PREPARED / "validation.arrow")
+    questions = questions[: min(RECALL_QUESTIONS, len(questions))]["question"]
     metrics = {
         "passages": len(passages),
         "dimension": encoder.dimension,
-        "passages_per_second": len(passages) / seconds,
-        "encode_seconds": seconds,
-        "index_bytes": (INDEX / "index.faiss").stat().st_size,
+        "encode_seconds": encoded - started,
+        "passages_per_second": len(passages) / (encoded - started),
+        "build_seconds": built - encoded,
+        "index_bytes": (result / "index.faiss").stat().st_size,
+        "vector_bytes": (result / "vectors.npy").stat().st_size,
+        **search_quality(load_index(result, settings), asking, questions, lengths.question_tokens, device),
     }
+    put_in_place(result, INDEX)
+    shutil.rmtree(work)
     METRICS.parent.mkdir(exist_ok=True)
     METRICS.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    print(f"{len(passages)} passages, {encoder.dimension} dimensions, {params.index.factory}")
+    print(f"{len(passages)} passages, {encoder.dimension} dimensions, {kind}")
 
 
 if __name__ == "__main__":

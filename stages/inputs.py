@@ -18,7 +18,7 @@ INPUTS = Path("data/inputs")
 def main() -> None:
     params = load_params()
     models = params.models
-    import_path = getattr(params.index, "import_path", None)
+    import_path = params.index.import_path
     found = {
         "data": {key: describe(name, key) for key, name in files_of(params.data).items()},
         "encoders": {

@@ -116,6 +116,10 @@ class Retriever(Section):
 
 class Index(Section):
     factory: Name
+    import_path: Name | None
+    train_size: Annotated[int, Field(ge=256)]
+    nprobe: Positive | None
+    ef_search: Positive | None
     batch_tokens: Annotated[int, Field(ge=512)]
 
 

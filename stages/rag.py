@@ -20,7 +20,7 @@ from transformers import (
     RagTokenizer,
 )
 
-from stages import marginalization
+from stages import manifest, marginalization
 from stages.contexts import TokenStore, assemble_contexts
 from stages.encoders import Encoder, load_encoder, padded_rows
 from stages.generators import Generator, generator_from, load_generator
@@ -203,12 +203,14 @@ def save_rag(rag: Rag, folder: Path, marginal: str) -> None:
     model = CLASSES[marginal](config=config, question_encoder=rag.question_encoder, generator=generator.model)
     model.save_pretrained(folder)
     RagTokenizer(rag.encoder.tokenizer, generator.tokenizer).save_pretrained(folder)
+    manifest.record_folder(folder)
 
 
 def load_rag_parts(folder: Path) -> tuple[Encoder, Generator]:
     """The question encoder and generator of a RAG checkpoint, in fp32; raises ValueError where it is incomplete."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no trained model; run `dvc repro` (or python -m stages.train) first")
+    manifest.check(folder, None, "run `dvc repro --force train`")
     try:
         model = RagSequenceForGeneration.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
         encoder_tokenizer = AutoTokenizer.from_pretrained(

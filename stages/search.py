@@ -1,13 +1,23 @@
 """The passage index: FAISS over the passages' vectors, and the vectors themselves for scores with a gradient."""
 
 import json
-from dataclasses import dataclass
+import shutil
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import faiss
 import numpy as np
 import torch
 from torch import Tensor
+
+from stages import manifest
+from stages.exact import ExactSearch, fp32_scores
+from stages.kinds import inner, opened, set_search_parameters
+from stages.params import Index
+
+FILES = ("index.faiss", "vectors.npy", "index.json")
+SHARE_OF_FREE_MEMORY = 0.25
 
 
 @dataclass
@@ -16,17 +26,17 @@ class PassageIndex:
 
     index: faiss.Index
     vectors: Tensor  # [N, d] fp32, memory-mapped until moved to a device
+    exact: ExactSearch | None = field(default=None, repr=False)  # in place of a flat index, on a GPU
 
     def search(self, questions: Tensor, n_docs: int) -> Tensor:
         """Rows of the n_docs best passages of each question, best first: [B, n_docs] int64, -1 where there is none.
 
-        On a GPU a flat index is searched exactly by one matrix product, which reads the vectors once; on a CPU FAISS.
+        On a GPU a flat index is searched exactly by one matrix product (exact.py), which reads the vectors once; on a
+        CPU, and where the index is approximate, by FAISS.
         """
-        if self.vectors.is_cuda:
-            found = min(n_docs, len(self.vectors))
-            with torch.autocast("cuda", enabled=False):
-                rows = (questions.float() @ self.vectors.T).topk(found, dim=1).indices
-            return torch.nn.functional.pad(rows, (0, n_docs - found), value=-1)
+        if self.exact is not None:
+            rows = self.exact.search(questions.detach(), n_docs)
+            return torch.nn.functional.pad(rows, (0, n_docs - rows.shape[1]), value=-1)
         # FAISS answers -1 for what it did not find, which indexes the last vector: callers must look for it.
         _, rows = self.index.search(questions.detach().float().cpu().numpy(), n_docs)
         return torch.from_numpy(rows)
@@ -36,8 +46,34 @@ class PassageIndex:
         return self.vectors[rows.clamp(min=0)]
 
     def to(self, device: torch.device) -> "PassageIndex":
-        flat = isinstance(self.index, faiss.IndexFlat)
-        return PassageIndex(self.index, self.vectors.to(device)) if device.type == "cuda" and flat else self
+        """The same index for searching on `device`.
+
+        On a GPU a flat index becomes a bf16 copy there. The fp32 vectors follow if they take at most a quarter of the
+        free memory, else they stay memory-mapped and only the rows that are needed travel. Other kinds move if FAISS
+        has GPU support and an implementation of that kind, else they stay with FAISS on the CPU.
+        """
+        if device.type != "cuda":
+            return self
+        if not isinstance(inner(self.index), faiss.IndexFlat):
+            return PassageIndex(_on_gpu(self.index, device), self.vectors)
+        free, _ = torch.cuda.mem_get_info(device)
+        fits = self.vectors.numel() * 4 <= SHARE_OF_FREE_MEMORY * free
+        vectors = self.vectors.to(device) if fits else self.vectors
+        return PassageIndex(self.index, vectors, ExactSearch(vectors, device))
+
+
+def _on_gpu(index: faiss.Index, device: torch.device) -> faiss.Index:
+    if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
+        return index
+    try:
+        return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device.index or 0, index)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        print(
+            f"{type(index).__name__} is searched on the CPU: FAISS does not move it to a GPU ({reason})",
+            file=sys.stderr,
+        )
+        return index
 
 
 def doc_scores(questions: Tensor, passages: Tensor, rows: Tensor) -> Tensor:
@@ -46,56 +82,67 @@ def doc_scores(questions: Tensor, passages: Tensor, rows: Tensor) -> Tensor:
     In fp32 whatever the autocast: at 64 to 128 the spacing of bf16 is half a nat.
     """
     with torch.autocast(questions.device.type, enabled=False):
-        scores = torch.einsum("bd,bkd->bk", questions.float(), passages.float())
+        scores = fp32_scores(questions.float(), passages.float())
     return scores.masked_fill(rows < 0, float("-inf"))
 
 
-def build_index(vectors: np.ndarray, factory: str) -> faiss.Index:
-    """A FAISS index of the factory string by inner product over all vectors, trained on a sample where it learns.
+def save_index(folder: Path, index: faiss.Index, facts: dict) -> None:
+    """Writes index.faiss and index.json beside the vectors that are already in `folder`, and records all three."""
+    write_index(index, folder)
+    describe_index(folder, facts)
 
-    Raises ValueError for a factory string that FAISS does not know or that needs more passages than there are.
-    """
+
+def write_index(index: faiss.Index, folder: Path) -> None:
+    """Writes index.faiss. Raises ValueError where the disk cannot take it."""
     try:
-        index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        faiss.write_index(index, str(folder / "index.faiss"))
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise ValueError(
-            f"index.factory: '{factory}' is not a factory string that FAISS can build ({reason})"
-        ) from None
-    if not index.is_trained:
-        sample = vectors[np.random.default_rng(0).permutation(len(vectors))[:200_000]]
-        try:
-            index.train(np.ascontiguousarray(sample))
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise ValueError(
-                f"index.factory: '{factory}' cannot be trained on {len(vectors)} passages ({reason})"
-            ) from None
-    for first in range(0, len(vectors), 65536):
-        index.add(np.ascontiguousarray(vectors[first : first + 65536]))
-    return index
+        raise ValueError(f"{folder / 'index.faiss'}: cannot be written ({reason}); is the disk full?") from None
 
 
-def save_index(folder: Path, index: faiss.Index, facts: dict) -> None:
-    """Writes index.faiss and index.json beside the vectors that are already in `folder`."""
-    faiss.write_index(index, str(folder / "index.faiss"))
+def describe_index(folder: Path, facts: dict) -> None:
+    """Writes index.json and records the three files of an index by size and hash."""
     (folder / "index.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    manifest.record(*(folder / name for name in FILES))
 
 
-def load_index(folder: Path) -> PassageIndex:
-    """Opens what the index stage wrote; raises ValueError where a part is missing or does not fit the others."""
-    paths = [folder / name for name in ("index.faiss", "vectors.npy", "index.json")]
-    for path in paths:
-        if not path.is_file():
-            raise ValueError(f"{path}: not found; run `dvc repro` (or python -m stages.index) first")
+def put_in_place(finished: Path, folder: Path) -> None:
+    """Renames a finished index to `folder` (copies between disks); one that was there goes only when it arrived."""
+    old, new = folder.with_name(folder.name + ".old"), folder.with_name(folder.name + ".unfinished")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if finished.stat().st_dev != folder.parent.stat().st_dev:
+        shutil.rmtree(new, ignore_errors=True)
+        finished = Path(shutil.copytree(finished, new))
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    finished.rename(folder)
+    manifest.sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_index(folder: Path, settings: Index | None = None) -> PassageIndex:
+    """Opens what the index stage wrote, memory-mapped, with the search parameters of `settings` (nprobe, ef_search).
+
+    Raises ValueError where a part is missing, altered or does not fit the others, or where the index has no such
+    parameter.
+    """
+    for name in FILES:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name}: not found; run `dvc repro` (or python -m stages.index) first")
+    remedy = "run `dvc repro --force index`"
+    manifest.check(folder, FILES, remedy)
     try:
-        index = faiss.read_index(str(paths[0]))
-        vectors = np.load(paths[1], mmap_mode="c", allow_pickle=False)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{folder}: damaged ({str(error).splitlines()[0]}); run `dvc repro --force index`") from None
+        index = opened(folder / "index.faiss")
+        vectors = np.load(folder / "vectors.npy", mmap_mode="c", allow_pickle=False)
+    except (RuntimeError, ValueError, EOFError) as error:
+        raise ValueError(f"{folder}: damaged ({str(error).splitlines()[0]}); {remedy}") from None
     if (index.ntotal, index.d) != vectors.shape:
         raise ValueError(
             f"{folder}: index.faiss holds {index.ntotal} vectors of {index.d} dimensions, vectors.npy {vectors.shape[0]} of "
-            f"{vectors.shape[1]}; run `dvc repro --force index`"
+            f"{vectors.shape[1]}; {remedy}"
         )
+    if settings is not None:
+        set_search_parameters(index, settings)
     return PassageIndex(index, torch.from_numpy(vectors))

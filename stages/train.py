@@ -49,7 +49,13 @@ def main() -> None:
     encoder, generator = rag_model.load_base_parts(str(RETRIEVER / "question_encoder"), str(base_generator))
     torch.manual_seed(params.train.seed)
     rag = rag_model.open_rag(
-        encoder, generator, load_index(INDEX), TokenStore.open(TOKENS), params.retriever.n_docs, params.lengths, device
+        encoder,
+        generator,
+        load_index(INDEX, params.index),
+        TokenStore.open(TOKENS),
+        params.retriever.n_docs,
+        params.lengths,
+        device,
     )
     examples = {}
     for split in ("train", "validation"):

@@ -1,7 +1,6 @@
 """Arrow files: streamed, whole or absent, the same bytes each time."""
 
 import pytest
-from datasets import Dataset
 
 from stages.corpus import PASSAGES, QUESTIONS, batches, positions_of, read_rows, replacing, write_rows
 
@@ -73,11 +72,6 @@ def test_batches():
     assert list(batches(range(7), 3)) == [[0, 1, 2], [3, 4, 5], [6]] and list(batches([], 3)) == []
 
 
-def test_only_wanted_positions():
-    rows = Dataset.from_list(ROWS)
-    assert positions_of(rows, {"p3", "p2699", "none"}) == {"p3": 3, "p2699": 2699}
-
-
 def test_folders_are_replaced_whole_or_not_at_all(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
@@ -106,3 +100,22 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     ):
         pass
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_positions_of_the_wanted_ids_alone(tmp_path):
+    write_rows(tmp_path / "passages.arrow", PASSAGES, ROWS)
+    rows = read_rows(tmp_path / "passages.arrow")
+    assert positions_of(rows, {"p2699", "p0", "nobody"}) == {"p0": 0, "p2699": 2699}
+    assert positions_of(rows, set()) == {} and len(positions_of(rows)) == 2700
+    assert positions_of(rows.select([5, 3]), {"p3"}) == {"p3": 1}
+
+
+@pytest.mark.parametrize("change", ["cut", "byte"])
+def test_an_arrow_file_that_was_altered_is_named(tmp_path, change):
+    path = tmp_path / "passages.arrow"
+    write_rows(path, PASSAGES, ROWS)
+    content = path.read_bytes()
+    path.write_bytes(content[:-8] if change == "cut" else content.replace(b"T\xc3\xadtulo 7", b"Titulo 77", 1))
+    with pytest.raises(ValueError, match="passages.arrow: damaged.*dvc repro --force prepare") as error:
+        read_rows(path)
+    assert "\n" not in str(error.value)

@@ -1,11 +1,11 @@
 """The index: inner products, honest about what it did not find, and about damage."""
 
-import faiss
 import numpy as np
 import pytest
 import torch
 
-from stages.search import PassageIndex, build_index, doc_scores, load_index, save_index
+from stages.kinds import build_index
+from stages.search import PassageIndex, doc_scores, load_index, put_in_place, save_index
 
 VECTORS = np.random.default_rng(0).normal(size=(600, 16)).astype(np.float32) * 3
 QUERIES = torch.from_numpy(np.random.default_rng(1).normal(size=(7, 16)).astype(np.float32))
@@ -15,22 +15,6 @@ def test_flat_is_exact_by_inner_product():
     index = PassageIndex(build_index(VECTORS, "Flat"), torch.from_numpy(VECTORS))
     expected = np.argsort(-(QUERIES.numpy() @ VECTORS.T), axis=1)[:, :5]
     assert (index.search(QUERIES, 5).numpy() == expected).all()
-
-
-@pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "HNSW16", "SQ8", "PQ4x4"])
-def test_factories_search_by_inner_product(factory):
-    index = build_index(VECTORS, factory)
-    assert index.metric_type == faiss.METRIC_INNER_PRODUCT and index.ntotal == len(VECTORS)
-    # The vector with the largest inner product is rarely the nearest one: scaled copies tell the two apart.
-    found = index.search(QUERIES.numpy(), 1)
-    assert found[1].shape == (7, 1)
-
-
-@pytest.mark.parametrize("factory", ["Flatt", "IVF", "", "IVF10000,Flat"])
-def test_a_bad_factory_is_one_line_with_its_key(factory):
-    with pytest.raises(ValueError, match="index.factory") as error:
-        build_index(VECTORS, factory)
-    assert "\n" not in str(error.value)
 
 
 def test_an_index_smaller_than_n_docs_says_so():
@@ -81,8 +65,37 @@ def test_cut_files_are_damaged(tmp_path, file):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("content", ["", "{", '{"factory": "IVF8,Flat"}'])
+def test_a_broken_or_altered_description_is_damage(tmp_path, content):
+    write(tmp_path)
+    (tmp_path / "index.json").write_text(content)
+    with pytest.raises(ValueError, match="damaged .index.json.*; run `dvc repro --force index`") as error:
+        load_index(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_one_altered_byte_is_damage(tmp_path):
+    write(tmp_path)
+    content = bytearray((tmp_path / "vectors.npy").read_bytes())
+    content[3000] ^= 1
+    (tmp_path / "vectors.npy").write_bytes(content)
+    with pytest.raises(ValueError, match="damaged .vectors.npy was altered"):
+        load_index(tmp_path)
+
+
+def test_a_new_index_takes_the_old_ones_place(tmp_path):
+    for name in ("work", "index"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name)
+    (tmp_path / "index" / "old").write_text("old")
+    put_in_place(tmp_path / "work", tmp_path / "index")
+    assert [folder.name for folder in tmp_path.iterdir()] == ["index"]
+    assert load_index(tmp_path / "index").index.ntotal == 600 and not (tmp_path / "index" / "old").exists()
+
+
 def test_parts_that_do_not_belong_together(tmp_path):
     write(tmp_path)
     np.save(tmp_path / "vectors.npy", VECTORS[:-1])
+    save_index(tmp_path, build_index(VECTORS, "Flat"), {"factory": "Flat"})
     with pytest.raises(ValueError, match="600 vectors.*599"):
         load_index(tmp_path)

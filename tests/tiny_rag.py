@@ -9,9 +9,10 @@ from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration
 from stages.contexts import TokenStore
 from stages.encoders import Encoder
 from stages.generators import generator_from, passage_tokens
+from stages.kinds import build_index
 from stages.params import Lengths, Recipe, Train
 from stages.rag import Rag, open_rag
-from stages.search import PassageIndex, build_index
+from stages.search import PassageIndex
 
 LENGTHS = Lengths(question_tokens=24, passage_tokens=48, context_tokens=64, answer_tokens=8)
 TITLES = [f"Place {name}" for name in ("Alpha", "Beta", "Gamma", "Delta", "Epsilon", "Zeta", "Eta", "Theta", "Iota")]

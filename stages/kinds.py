@@ -1,0 +1,101 @@
+"""Kinds of FAISS index: built from a factory string, opened from a file, told how thoroughly to search."""
+
+from pathlib import Path
+
+import faiss
+import numpy as np
+
+from stages.params import Index
+
+ROWS_A_CHUNK = 65536
+TRAIN_SIZE = 200_000
+
+
+def empty_index(dimension: int, factory: str, passages: int) -> faiss.Index:
+    """An index of the factory string by inner product, with nothing in it.
+
+    Raises ValueError for a string that FAISS does not know, or that needs more passages than there are: known before
+    hours of encoding.
+    """
+    try:
+        index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ValueError(
+            f"index.factory: '{factory}' is not a factory string that FAISS can build ({_reason(error)})"
+        ) from None
+    lists = faiss.try_extract_index_ivf(index)
+    needed = lists.nlist if lists else 0
+    quantizer = getattr(inner(index), "pq", None)
+    needed = max(needed, 1 << quantizer.nbits if quantizer else 0)
+    if needed > passages:
+        raise ValueError(
+            f"index.factory: '{factory}' needs at least {needed} passages to be trained on, there are {passages}; "
+            "use Flat or fewer lists"
+        )
+    return index
+
+
+def build_index(vectors: np.ndarray, factory: str, train_size: int = TRAIN_SIZE) -> faiss.Index:
+    """A FAISS index of the factory string over all vectors [N, d], trained on `train_size` of them where it learns.
+
+    Memory: the index, the training sample and ROWS_A_CHUNK vectors. Raises ValueError as `empty_index` does.
+    """
+    index = empty_index(vectors.shape[1], factory, len(vectors))
+    if not index.is_trained:
+        sample = np.random.default_rng(0).permutation(len(vectors))[:train_size]
+        try:
+            index.train(np.ascontiguousarray(vectors[np.sort(sample)]))  # sorted: the disk is read from front to back
+        except RuntimeError as error:
+            raise ValueError(
+                f"index.factory: '{factory}' cannot be trained on {len(sample)} passages ({_reason(error)})"
+            ) from None
+    for first in range(0, len(vectors), ROWS_A_CHUNK):
+        chunk = np.ascontiguousarray(vectors[first : first + ROWS_A_CHUNK])
+        try:
+            index.add(chunk)
+        except RuntimeError:  # IDMap wants its ids said: row numbers
+            index.add_with_ids(chunk, np.arange(first, first + len(chunk)))
+    return index
+
+
+def opened(file: Path) -> faiss.Index:
+    """Reads an index, memory-mapped as far as FAISS can. Raises RuntimeError as FAISS does."""
+    return faiss.read_index(str(file), getattr(faiss, "IO_FLAG_MMAP_IFC", 0))
+
+
+def inner(index: faiss.Index) -> faiss.Index:
+    """The index that holds the vectors, below id maps, transformations and refinement."""
+    index = faiss.downcast_index(index)
+    while True:
+        if isinstance(index, faiss.IndexIDMap | faiss.IndexIDMap2 | faiss.IndexPreTransform):
+            index = faiss.downcast_index(index.index)
+        elif isinstance(index, faiss.IndexRefine):
+            index = faiss.downcast_index(index.base_index)
+        else:
+            return index
+
+
+def set_search_parameters(index: faiss.Index, settings: Index) -> None:
+    """Sets nprobe and ef_search; null leaves FAISS's default. Raises ValueError where the index has no such parameter."""
+    searched = inner(index)
+    lists = faiss.try_extract_index_ivf(index)
+    if settings.nprobe is not None:
+        if lists is None:
+            raise ValueError(_no_parameter("nprobe", index, "an IVF index"))
+        if settings.nprobe > lists.nlist:
+            raise ValueError(f"index.nprobe: {settings.nprobe}, but the index has only {lists.nlist} lists")
+        lists.nprobe = settings.nprobe
+    if settings.ef_search is not None:
+        graph = faiss.downcast_index(lists.quantizer) if lists else searched
+        if not hasattr(graph, "hnsw"):
+            raise ValueError(_no_parameter("ef_search", index, "an HNSW index"))
+        graph.hnsw.efSearch = settings.ef_search
+
+
+def _no_parameter(name: str, index: faiss.Index, owner: str) -> str:
+    kind = type(inner(index)).__name__.removeprefix("Index")
+    return f"index.{name}: the index is of kind {kind}, which has no such parameter ({owner} has); set it to null"
+
+
+def _reason(error: RuntimeError) -> str:
+    return str(error).strip().splitlines()[-1][:200]
