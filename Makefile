@@ -57,3 +57,10 @@ ui: install  ## MLflow's pages on 127.0.0.1
 
 clean:  ## remove what can be made again (never data/tiny, never MLflow's store)
 	rm -rf .checkpoints .pytest_cache .ruff_cache build *.egg-info
+
+.PHONY: chaos audit
+chaos: install-dev  ## kill the pipeline at 20 random points, compare what comes out (takes a while)
+	python -m stages.chaos
+
+audit: install-dev  ## known vulnerabilities of the installed packages; reports, never fails
+	@pip-audit --progress-spinner off --skip-editable || echo "audit: findings above, or the advisory service could not be reached"

@@ -138,6 +138,8 @@ class Train(Section):
     eval_steps: Positive
     save_steps: Positive
     save_total_limit: Positive
+    halve_on_oom: bool = True
+    max_skipped_steps: Positive = 20
 
 
 class Recipe(Section):
