@@ -138,8 +138,9 @@ class Train(Section):
     eval_steps: Positive
     save_steps: Positive
     save_total_limit: Positive
-    halve_on_oom: bool = True
-    max_skipped_steps: Positive = 20
+    gradient_checkpointing: bool
+    halve_on_oom: bool
+    max_skipped_steps: Positive
 
 
 class Recipe(Section):

@@ -140,6 +140,9 @@ class Trainer:
         self.accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
         self.rag, self.recipe, self.settings, self.seed = rag, recipe, settings, seed
         self.checkpoints = checkpoints
+        if settings.gradient_checkpointing:
+            # The generator's alone: a question is short, its encoder keeps little.
+            rag.generator_model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model, self.optimizer = self.accelerator.prepare(rag, make_optimizer(rag, settings))
         self.schedule = make_schedule(self.optimizer.optimizer, settings)
         self.progress = Progress()

@@ -46,6 +46,16 @@ def sgd(monkeypatch):
     )
 
 
+def test_gradient_checkpointing_changes_nothing_but_memory(sgd):
+    plain = run(gradient_checkpointing=False, **SGD_STEP)
+    recomputed = run(gradient_checkpointing=True, **SGD_STEP)
+    layers = recomputed.rag.generator_model.model
+    assert layers.encoder.gradient_checkpointing and layers.decoder.gradient_checkpointing
+    assert_same_weights(plain, recomputed, 1e-6)
+    start = tiny_rag().state_dict()
+    assert any((value - start[name]).abs().max() > 1e-5 for name, value in weights(recomputed).items())
+
+
 # Nine questions: a step of 8 and, at the epoch's end, one of a single question.
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 2), (2, 4), (1, 8), (3, 3)])
 def test_however_a_step_is_cut_up_the_update_is_the_same(sgd, batch_size, accumulation):
