@@ -47,6 +47,7 @@ PLANS = [
     ("prepare", "commit"), *[("retriever", "time")] * 2, *[("index", "time")] * 2, ("index", "commit"),
     ("evaluate", "time"), ("evaluate", "commit"),
 ]  # fmt: skip
+HALF_WRITTEN = ".checkpoints/*/*-*.unfinished"
 SIGNALS = ("KILL", "KILL", "KILL", "KILL dvc", "TERM", "INT")
 
 
@@ -176,12 +177,12 @@ def killed_run(folder: Path, stage: str, where: str, how: str, delay: float) -> 
     elif where == "checkpoint":
         nth = 1 + int(delay * 1000) % 4  # not always the first one
         seen: set[str] = set()
-        wait_for(lambda: len(seen.update(map(str, folder.glob(".checkpoints/*/*.unfinished"))) or seen) >= nth, process)
+        wait_for(lambda: len(seen.update(map(str, folder.glob(HALF_WRITTEN))) or seen) >= nth, process)
     else:
         wait_for(lambda: len(family(process.pid)) > 1, process)
         wait_for(lambda: len(family(process.pid)) == 1, process)
         time.sleep(delay % 0.2)
-    half_written = [path.name for path in folder.glob(".checkpoints/*/*.unfinished")]
+    half_written = [path.name for path in folder.glob(HALF_WRITTEN)]
     going_on = f"{where} {time.monotonic() - begun:5.1f} s" + (f", {half_written[0]}" if half_written else "")
     if process.poll() is not None:
         going_on += ", over already"
