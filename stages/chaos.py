@@ -73,11 +73,13 @@ def main() -> None:
         same = 0
         for number, (stage, where) in enumerate(plans, start=1):
             folder = Path(place) / "killed"
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(whole, folder, symlinks=True)
-            forget(folder, stage)
-            how, point = draw.choice(SIGNALS), draw.random()
-            hit = killed_run(folder, stage, where, how, point * seconds[stage])
+            how, delay = draw.choice(SIGNALS), draw.random() * seconds[stage]
+            hit = None
+            while hit is None:  # over before its time came: earlier, then
+                shutil.rmtree(folder, ignore_errors=True)
+                shutil.copytree(whole, folder, symlinks=True)
+                forget(folder, stage)
+                hit, delay = killed_run(folder, stage, where, how, delay), delay / 2
             attempts = 1
             while (again := dvc(folder)).returncode and attempts < 4:
                 print(again.stdout[-1500:] + again.stderr[-1500:], file=sys.stderr)
@@ -165,8 +167,8 @@ def forget(folder: Path, stage: str) -> None:
     (folder / "dvc.lock").write_text(yaml.safe_dump(lock), encoding="utf-8")
 
 
-def killed_run(folder: Path, stage: str, where: str, how: str, delay: float) -> str:
-    """Starts the pipeline and ends it in `stage`; returns what was going on then."""
+def killed_run(folder: Path, stage: str, where: str, how: str, delay: float) -> str | None:
+    """Starts the pipeline and ends it in `stage`; returns what was going on then, None if it was over before."""
     process = start(folder)
     for line in process.stdout:
         if line.startswith(f"Running stage '{stage}'"):
@@ -185,8 +187,9 @@ def killed_run(folder: Path, stage: str, where: str, how: str, delay: float) -> 
     half_written = [path.name for path in folder.glob(HALF_WRITTEN)]
     going_on = f"{where} {time.monotonic() - begun:5.1f} s" + (f", {half_written[0]}" if half_written else "")
     if process.poll() is not None:
-        going_on += ", over already"
-    elif how == "KILL dvc":  # the stage is left behind alone, and must see that
+        process.stdout.close()
+        return None
+    if how == "KILL dvc":  # the stage is left behind alone, and must see that
         process.kill()
     else:
         os.killpg(process.pid, getattr(signal, f"SIG{how}"))
