@@ -63,4 +63,7 @@ chaos: install-dev  ## kill the pipeline at 20 random points, compare what comes
 	python -m stages.chaos
 
 audit: install-dev  ## known vulnerabilities of the installed packages; reports, never fails
-	@pip-audit --progress-spinner off --skip-editable || echo "audit: findings above, or the advisory service could not be reached"
+	@out=$$(pip-audit --progress-spinner off --skip-editable 2>&1); code=$$?; echo "$$out"; \
+	left=$$(echo "$$out" | grep -c 'could not be audited'); \
+	test "$$left" = 0 || echo "audit: the advisory service gave no answer about $$left packages: nothing is known about them"; \
+	test "$$code" = 0 || echo "audit: findings above, or the advisory service could not be reached (exit code $$code)"

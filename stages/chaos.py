@@ -128,28 +128,34 @@ def dvc(folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(["dvc", "repro"], cwd=folder, env=environment(), capture_output=True, text=True)
 
 
-def start(folder: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        ["dvc", "repro"], cwd=folder, env=environment() | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+def start(folder: Path, log: Path) -> subprocess.Popen:
+    with open(log, "w", encoding="utf-8") as output:  # a file, because a pipe that nobody reads stops the stage
+        return subprocess.Popen(
+            ["dvc", "repro"], cwd=folder, env=environment() | {"PYTHONUNBUFFERED": "1"}, stdout=output,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
 
 
 def timed_run(folder: Path) -> dict[str, float]:
     """The undisturbed run; seconds of each stage, DVC's own work included."""
-    process, started, order = start(folder), {}, []
-    output = ""
-    for line in process.stdout:
-        output += line
-        if line.startswith("Running stage '"):
-            order.append(line.split("'")[1])
-            started[order[-1]] = time.monotonic()
-    if process.wait():
-        sys.exit(f"error: the undisturbed run failed:\n{output[-3000:]}")
+    log = folder.with_suffix(".log")
+    process, started = start(folder, log), {}
+    while process.poll() is None:
+        for stage in STAGES:
+            if stage not in started and running(log, stage):
+                started[stage] = time.monotonic()
+        time.sleep(0.02)
+    if process.returncode:
+        sys.exit(f"error: the undisturbed run failed:\n{log.read_text(encoding='utf-8')[-3000:]}")
+    order = list(started)
     ends = [started[stage] for stage in order[1:]] + [time.monotonic()]
     seconds = {stage: end - started[stage] for stage, end in zip(order, ends, strict=True)}
     print("undisturbed: " + ", ".join(f"{stage} {spent:.0f} s" for stage, spent in seconds.items()), flush=True)
     return seconds
+
+
+def running(log: Path, stage: str) -> bool:
+    return f"Running stage '{stage}'" in log.read_text(encoding="utf-8", errors="replace")
 
 
 def forget(folder: Path, stage: str) -> None:
@@ -169,10 +175,9 @@ def forget(folder: Path, stage: str) -> None:
 
 def killed_run(folder: Path, stage: str, where: str, how: str, delay: float) -> str | None:
     """Starts the pipeline and ends it in `stage`; returns what was going on then, None if it was over before."""
-    process = start(folder)
-    for line in process.stdout:
-        if line.startswith(f"Running stage '{stage}'"):
-            break
+    log = folder.with_suffix(".log")
+    process = start(folder, log)
+    wait_for(lambda: running(log, stage), process)
     begun = time.monotonic()
     if where == "time":
         wait_for(lambda: time.monotonic() - begun > delay, process)
@@ -187,14 +192,12 @@ def killed_run(folder: Path, stage: str, where: str, how: str, delay: float) -> 
     half_written = [path.name for path in folder.glob(HALF_WRITTEN)]
     going_on = f"{where} {time.monotonic() - begun:5.1f} s" + (f", {half_written[0]}" if half_written else "")
     if process.poll() is not None:
-        process.stdout.close()
         return None
     if how == "KILL dvc":  # the stage is left behind alone, and must see that
         process.kill()
     else:
         os.killpg(process.pid, getattr(signal, f"SIG{how}"))
     process.wait()
-    process.stdout.close()
     return f"{going_on:40}"
 
 
