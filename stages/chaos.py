@@ -47,6 +47,7 @@ PLANS = [
     ("prepare", "commit"), *[("retriever", "time")] * 2, *[("index", "time")] * 2, ("index", "commit"),
     ("evaluate", "time"), ("evaluate", "commit"),
 ]  # fmt: skip
+HALF_WRITTEN = ".checkpoints/*/*-*.unfinished"
 SIGNALS = ("KILL", "KILL", "KILL", "KILL dvc", "TERM", "INT")
 
 
@@ -72,14 +73,20 @@ def main() -> None:
         same = 0
         for number, (stage, where) in enumerate(plans, start=1):
             folder = Path(place) / "killed"
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(whole, folder, symlinks=True)
-            forget(folder, stage)
-            how, point = draw.choice(SIGNALS), draw.random()
-            hit = killed_run(folder, stage, where, how, point * seconds[stage])
+            how, delay = draw.choice(SIGNALS), draw.random() * seconds[stage]
+            hit = None
+            while hit is None:  # over before its time came: earlier, then
+                shutil.rmtree(folder, ignore_errors=True)
+                shutil.copytree(whole, folder, symlinks=True)
+                forget(folder, stage)
+                hit, delay = killed_run(folder, stage, where, how, delay), delay / 2
             attempts = 1
             while (again := dvc(folder)).returncode and attempts < 4:
                 print(again.stdout[-1500:] + again.stderr[-1500:], file=sys.stderr)
+                if "Unable to read RWLock-file" in again.stdout + again.stderr:
+                    # DVC rewrites this file in place; killed in the middle, it leaves half of one, and says so.
+                    (folder / ".dvc/tmp/rwlock").unlink()
+                    hit += "  make unlock"
                 attempts += 1
             wrong = differing(expected, results(folder)) if again.returncode == 0 else ["does not end any more"]
             same += not wrong
@@ -125,28 +132,34 @@ def dvc(folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(["dvc", "repro"], cwd=folder, env=environment(), capture_output=True, text=True)
 
 
-def start(folder: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        ["dvc", "repro"], cwd=folder, env=environment() | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+def start(folder: Path, log: Path) -> subprocess.Popen:
+    with open(log, "w", encoding="utf-8") as output:  # a file, because a pipe that nobody reads stops the stage
+        return subprocess.Popen(
+            ["dvc", "repro"], cwd=folder, env=environment() | {"PYTHONUNBUFFERED": "1"}, stdout=output,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
 
 
 def timed_run(folder: Path) -> dict[str, float]:
     """The undisturbed run; seconds of each stage, DVC's own work included."""
-    process, started, order = start(folder), {}, []
-    output = ""
-    for line in process.stdout:
-        output += line
-        if line.startswith("Running stage '"):
-            order.append(line.split("'")[1])
-            started[order[-1]] = time.monotonic()
-    if process.wait():
-        sys.exit(f"error: the undisturbed run failed:\n{output[-3000:]}")
+    log = folder.with_suffix(".log")
+    process, started = start(folder, log), {}
+    while process.poll() is None:
+        for stage in STAGES:
+            if stage not in started and running(log, stage):
+                started[stage] = time.monotonic()
+        time.sleep(0.02)
+    if process.returncode:
+        sys.exit(f"error: the undisturbed run failed:\n{log.read_text(encoding='utf-8')[-3000:]}")
+    order = list(started)
     ends = [started[stage] for stage in order[1:]] + [time.monotonic()]
     seconds = {stage: end - started[stage] for stage, end in zip(order, ends, strict=True)}
     print("undisturbed: " + ", ".join(f"{stage} {spent:.0f} s" for stage, spent in seconds.items()), flush=True)
     return seconds
+
+
+def running(log: Path, stage: str) -> bool:
+    return f"Running stage '{stage}'" in log.read_text(encoding="utf-8", errors="replace")
 
 
 def forget(folder: Path, stage: str) -> None:
@@ -164,33 +177,31 @@ def forget(folder: Path, stage: str) -> None:
     (folder / "dvc.lock").write_text(yaml.safe_dump(lock), encoding="utf-8")
 
 
-def killed_run(folder: Path, stage: str, where: str, how: str, delay: float) -> str:
-    """Starts the pipeline and ends it in `stage`; returns what was going on then."""
-    process = start(folder)
-    for line in process.stdout:
-        if line.startswith(f"Running stage '{stage}'"):
-            break
+def killed_run(folder: Path, stage: str, where: str, how: str, delay: float) -> str | None:
+    """Starts the pipeline and ends it in `stage`; returns what was going on then, None if it was over before."""
+    log = folder.with_suffix(".log")
+    process = start(folder, log)
+    wait_for(lambda: running(log, stage), process)
     begun = time.monotonic()
     if where == "time":
         wait_for(lambda: time.monotonic() - begun > delay, process)
     elif where == "checkpoint":
         nth = 1 + int(delay * 1000) % 4  # not always the first one
         seen: set[str] = set()
-        wait_for(lambda: len(seen.update(map(str, folder.glob(".checkpoints/*/*.unfinished"))) or seen) >= nth, process)
+        wait_for(lambda: len(seen.update(map(str, folder.glob(HALF_WRITTEN))) or seen) >= nth, process)
     else:
         wait_for(lambda: len(family(process.pid)) > 1, process)
         wait_for(lambda: len(family(process.pid)) == 1, process)
         time.sleep(delay % 0.2)
-    half_written = [path.name for path in folder.glob(".checkpoints/*/*.unfinished")]
+    half_written = [path.name for path in folder.glob(HALF_WRITTEN)]
     going_on = f"{where} {time.monotonic() - begun:5.1f} s" + (f", {half_written[0]}" if half_written else "")
     if process.poll() is not None:
-        going_on += ", over already"
-    elif how == "KILL dvc":  # the stage is left behind alone, and must see that
+        return None
+    if how == "KILL dvc":  # the stage is left behind alone, and must see that
         process.kill()
     else:
         os.killpg(process.pid, getattr(signal, f"SIG{how}"))
     process.wait()
-    process.stdout.close()
     return f"{going_on:40}"
 
 
