@@ -33,7 +33,7 @@ def main() -> None:
     encoder, generator = load_rag_parts(MODEL)
     root = root_folder()
     trained = json.loads((MODEL / "run.json").read_text(encoding="utf-8"))
-    drop_finished(root, trained["fingerprint"])
+    drop_finished(root, trained.get("fingerprint", ""))
     rag = open_rag(
         encoder,
         generator,
@@ -60,7 +60,7 @@ def main() -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     # Where MLflow had not answered by the training's end, its journal is what knows the run.
-    journal = f"evaluate-{trained['run_id']}" if trained["run_id"] else f"train-{trained['fingerprint']}"
+    journal = f"evaluate-{trained['run_id']}" if trained["run_id"] else f"train-{trained.get('fingerprint')}"
     with open_run(
         root,
         trained["experiment"],
