@@ -202,6 +202,7 @@ class Trainer:
                 self._interrupt(stop)
         bar.close()
         self.skips.settle(progress)
+        self.rag.eval()
         if self.checkpoints:
             self._finish()
         if stop := asked_to_stop():
@@ -216,7 +217,6 @@ class Trainer:
         if self.recipe.checkpoints == "best":
             checkpointing.load_weights(self.rag, self.checkpoints.best(self.progress.best_step))
         self.checkpoints.finish(checkpointing.own_weights(self.rag), {"progress": vars(self.progress)})
-        self.rag.eval()
 
     def _restore_finished(self) -> bool:
         found = self.checkpoints.finished() if self.checkpoints else None
