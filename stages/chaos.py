@@ -40,7 +40,7 @@ OUTS = {
     "train": ["data/model", "metrics/train.json", "metrics/curves.csv", ".checkpoints", ".tracking", "mlflow.db"],
     "evaluate": ["data/predictions", "metrics/eval.json"],
 }  # fmt: skip
-TIMINGS = ("second", "host_wait", "mfu", "gpu_")  # parts of the names of numbers that differ from run to run
+TIMINGS = ("second", "search_ms", "host_wait", "mfu", "gpu_")  # parts of the names of numbers that differ from run to run
 # Where in a stage: somewhere in its time, while a checkpoint is half written, while DVC takes the outputs.
 PLANS = [
     *[("train", "time")] * 6, *[("train", "checkpoint")] * 3, *[("train", "commit")] * 2, ("prepare", "time"),
@@ -226,7 +226,11 @@ def results(folder: Path) -> dict[str, str]:
     for out in ("data/prepared", "data/tokens", "data/retriever", "data/index", "data/model", "data/predictions"):
         for file in sorted((folder / out).rglob("*")):
             if file.is_file() and file.name != "run.json":
-                found[str(file.relative_to(folder))] = hashlib.sha256(file.read_bytes()).hexdigest()
+                content = file.read_bytes()
+                if file.name == "manifest.json":
+                    recorded = {name: facts for name, facts in json.loads(content).items() if name != "run.json"}
+                    content = json.dumps(recorded, sort_keys=True).encode()
+                found[str(file.relative_to(folder))] = hashlib.sha256(content).hexdigest()
     for file in sorted(folder.glob("metrics/*.json")):
         for name, value in json.loads(file.read_text(encoding="utf-8")).items():
             if not any(part in name for part in TIMINGS):
