@@ -27,21 +27,12 @@ def main() -> None:
 
     logging.disable_progress_bar()
     from stages import marginalization
-    from stages.contexts import TokenStore
     from stages.corpus import read_rows
     from stages.evaluation import answer, passages_of, retrieve
-    from stages.rag import load_rag_parts, open_rag
-    from stages.search import load_index
+    from stages.rag import load_rag_parts, open_rag_on
 
-    encoder, generator = load_rag_parts(MODEL)
-    rag = open_rag(
-        encoder,
-        generator,
-        load_index(INDEX, params.index),
-        TokenStore.open(TOKENS),
-        params.retriever.n_docs,
-        params.lengths,
-        device,
+    rag = open_rag_on(
+        load_rag_parts(MODEL), INDEX, TOKENS, params.index, params.retriever.n_docs, params.lengths, device
     )
     rag.eval()
     passages = read_rows(PREPARED / "passages.arrow")

@@ -40,7 +40,8 @@ OUTS = {
     "train": ["data/model", "metrics/train.json", "metrics/curves.csv", ".checkpoints", ".tracking", "mlflow.db"],
     "evaluate": ["data/predictions", "metrics/eval.json"],
 }  # fmt: skip
-TIMINGS = ("second", "search_ms", "host_wait", "mfu", "gpu_")  # parts of the names of numbers that differ from run to run
+# Parts of the names of numbers that differ from run to run.
+TIMINGS = ("second", "search_ms", "host_wait", "mfu", "gpu_")
 # Where in a stage: somewhere in its time, while a checkpoint is half written, while DVC takes the outputs.
 PLANS = [
     *[("train", "time")] * 6, *[("train", "checkpoint")] * 3, *[("train", "commit")] * 2, ("prepare", "time"),
@@ -220,6 +221,10 @@ def family(process: int) -> list:
         return [None]
 
 
+def is_timing(name: str) -> bool:
+    return any(part in name for part in TIMINGS)
+
+
 def results(folder: Path) -> dict[str, str]:
     """What must come out alike, by name: hashes of files, numbers as text."""
     found = {}
@@ -233,12 +238,12 @@ def results(folder: Path) -> dict[str, str]:
                 found[str(file.relative_to(folder))] = hashlib.sha256(content).hexdigest()
     for file in sorted(folder.glob("metrics/*.json")):
         for name, value in json.loads(file.read_text(encoding="utf-8")).items():
-            if not any(part in name for part in TIMINGS):
+            if not is_timing(name):
                 found[f"{file.name} {name}"] = repr(value)
     with open(folder / "metrics/curves.csv", encoding="utf-8") as stream:
         for row in csv.DictReader(stream):
             for name, value in row.items():
-                if not any(part in name for part in TIMINGS):
+                if not is_timing(name):
                     found[f"curves.csv step {row['step']} {name}"] = value
     return found | tracked(folder)
 
@@ -251,7 +256,7 @@ def tracked(folder: Path) -> dict[str, str]:
     points = store.execute("select key, step, value from metrics where key not like 'test_%' order by key, step")
     curves: dict[str, list] = {}
     for key, step, value in points:
-        if not any(part in key for part in TIMINGS):
+        if not is_timing(key):
             curves.setdefault(f"mlflow: {key}", []).append((step, value))
     store.close()
     return found | {key: repr(points) for key, points in curves.items()}

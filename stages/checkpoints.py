@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages import manifest
+from stages.leftovers import FOLDER
+from stages.runtime import root_folder
 
 DESCRIPTION, BEST = "description.json", "best.json"
 # Modules that change no result, so that a mended message costs no training (tests/test_dag.py leaves out the same).
@@ -53,20 +55,13 @@ def digest(path: Path) -> str:
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
             found.update(f"{file.relative_to(path)} {file.stat().st_size}\0".encode())
-            found.update(_content(file))
+            found.update(manifest.content_digest(file).encode())
     return found.hexdigest()[:16]
 
 
 def checkpoint_folder(name: str) -> Path:
     """Where checkpoints of this fingerprint lie: at the real root, in DVC's temporary runs too."""
-    return Path(os.environ.get("DVC_ROOT") or ".").resolve() / ".checkpoints" / name
-
-
-def _content(file: Path) -> bytes:
-    if file.stat().st_size > manifest.WHOLE_FILE_LIMIT:
-        return manifest.ends(file)
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").digest()
+    return root_folder() / FOLDER / name
 
 
 class Checkpoints:
@@ -76,9 +71,7 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
         folder.mkdir(parents=True, exist_ok=True)
         if description is not None:
-            unfinished = folder / f"{DESCRIPTION}.unfinished"
-            _write_json(unfinished, description)
-            unfinished.rename(folder / DESCRIPTION)
+            manifest.write_json(folder / DESCRIPTION, description)
 
     def save(self, step: int, weights: dict[str, torch.Tensor], state: dict, best: int | None = None) -> Path:
         """Writes a resumable checkpoint of this step and drops the oldest beyond `keep`; returns its folder.
@@ -153,7 +146,7 @@ class Checkpoints:
         save_file(weights, unfinished / "weights.safetensors")
         torch.save(state, unfinished / "state.pt")
         if best is not None:
-            _write_json(unfinished / BEST, {"step": best})
+            manifest.write_json(unfinished / BEST, {"step": best})
         manifest.record_folder(unfinished)
         if target.exists():  # a resumed training comes by this step again; no checkpoint refers to the old one
             replaced = self.folder / f"{name}.replaced.unfinished"
@@ -180,13 +173,6 @@ def _best_of(folder: Path) -> int | None:
 def _damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     return manifest.damage(folder, whole=True) if folder.is_dir() else "missing"
-
-
-def _write_json(path: Path, value: dict) -> None:
-    with open(path, "w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def own_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -70,21 +70,22 @@ def write_tokens(folder: Path, chunks: Iterable[list[list[int]]], vocab_size: in
     dtype = np.dtype(np.int16 if vocab_size <= np.iinfo(np.int16).max + 1 else np.int32)
     lengths = [np.zeros(1, dtype=np.int64)]
     with open(folder / "tokens.npy", "wb") as file:
-        _write_header(file, dtype, 0)
+        write_npy_header(file, dtype, (0,))
         for rows in chunks:
             lengths.append(np.array([len(row) for row in rows], dtype=np.int64))
             file.write(np.fromiter((token for row in rows for token in row), dtype=dtype).tobytes())
         offsets = np.concatenate(lengths).cumsum()
         # A .npy header leaves room for the first dimension to grow: the final one has the same length.
         file.seek(0)
-        _write_header(file, dtype, int(offsets[-1]))
+        write_npy_header(file, dtype, (int(offsets[-1]),))
     np.save(folder / "offsets.npy", offsets)
     manifest.record(folder / "tokens.npy", folder / "offsets.npy")
     return len(offsets) - 1
 
 
-def _write_header(file, dtype: np.dtype, count: int) -> None:
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+def write_npy_header(file, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    """The header of a .npy file whose content is written piece by piece."""
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
 
 

@@ -85,12 +85,7 @@ def replacing(*folders: Path) -> Iterator[list[Path]]:
             with open(file, "rb+") as opened:
                 os.fsync(opened.fileno())
         for folder, new in zip(folders, unfinished, strict=True):
-            old = folder.with_name(folder.name + ".old")
-            shutil.rmtree(old, ignore_errors=True)
-            if folder.exists():
-                folder.replace(old)
-            new.replace(folder)
-            shutil.rmtree(old, ignore_errors=True)
+            manifest.put_in_place(new, folder)
     except OSError as error:
         raise ValueError(f"{error.filename or folders[0]}: cannot be written: {error.strerror or error}") from None
     finally:

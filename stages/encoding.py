@@ -18,7 +18,8 @@ import torch
 from datasets import Dataset
 from tqdm import tqdm
 
-from stages.contexts import TokenStore
+from stages import manifest
+from stages.contexts import TokenStore, write_npy_header
 from stages.encoders import Encoder
 
 SHARD = 8192  # passages; token ids of two shards are held at once, 20 KB a passage while the tokenizer works
@@ -53,7 +54,7 @@ def encode_passages(
             vectors.flush()
             os.fsync(vectors.fileno())
             finished[str(first)] = {"size": len(store) * encoder.dimension * 4, "sha256": digest.hexdigest()}
-            _write_finished(folder, finished)
+            manifest.write_json(folder / FINISHED, finished)
     return file
 
 
@@ -61,8 +62,7 @@ def encode_some(
     encoder: Encoder, passages: Dataset, rows: np.ndarray, passage_tokens: int, device: torch.device
 ) -> np.ndarray:
     """Vectors [R, d] of the named passages."""
-    chosen = passages[rows.tolist()]
-    store = TokenStore.from_rows(encoder.passage_rows(chosen["title"], chosen["text"], passage_tokens))
+    store = _store(encoder, passages[rows.tolist()], passage_tokens)
     return np.concatenate([vectors for _, vectors in encoder.vectors(store, 4096, device)])
 
 
@@ -72,8 +72,7 @@ def _tokenized(
     """Each shard's token ids; the next one is made in a thread while this one is encoded (tokenizers release the GIL)."""
 
     def tokenize(first: int) -> TokenStore:
-        chunk = passages[first : first + shard]
-        return TokenStore.from_rows(encoder.passage_rows(chunk["title"], chunk["text"], passage_tokens))
+        return _store(encoder, passages[first : first + shard], passage_tokens)
 
     with ThreadPoolExecutor(max_workers=1) as thread:
         waiting = [thread.submit(tokenize, first) for first in todo[:1]]
@@ -83,15 +82,17 @@ def _tokenized(
             yield first, store
 
 
+def _store(encoder: Encoder, chosen: dict[str, list[str]], passage_tokens: int) -> TokenStore:
+    return TokenStore.from_rows(encoder.passage_rows(chosen["title"], chosen["text"], passage_tokens))
+
+
 def _prepare(file: Path, shape: tuple[int, int]) -> int:
     """Gives the .npy file its header and its final size (what is not written takes no space); returns the header's length."""
     if not file.exists():
         file.touch()
         (file.parent.parent / FINISHED).unlink(missing_ok=True)
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        header, {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": shape}
-    )
+    write_npy_header(header, np.dtype(np.float32), shape)
     with open(file, "r+b") as vectors:
         vectors.write(header.getvalue())
         vectors.truncate(len(header.getvalue()) + 4 * shape[0] * shape[1])
@@ -114,12 +115,3 @@ def _finished(folder: Path, file: Path, start: int, row_bytes: int) -> dict[str,
             else:
                 print(f"{file}: passages from {first} on are damaged and encoded again", file=sys.stderr)
     return whole
-
-
-def _write_finished(folder: Path, finished: dict[str, dict]) -> None:
-    unfinished = folder / f"{FINISHED}.unfinished"
-    with open(unfinished, "w", encoding="utf-8") as stream:
-        json.dump(finished, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    unfinished.replace(folder / FINISHED)

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from stages.params import load_params
-from stages.runtime import prepare_torch, run
+from stages.runtime import prepare_torch, root_folder, run
 
 PREPARED, TOKENS, INDEX, MODEL = (Path("data") / name for name in ("prepared", "tokens", "index", "model"))
 PREDICTIONS, METRICS = Path("data/predictions"), Path("metrics/eval.json")
@@ -20,29 +20,19 @@ TABLE_ROWS = 500
 def main() -> None:
     params = load_params()
     device = prepare_torch(params.runtime)
-    from stages.contexts import TokenStore
     from stages.corpus import positions_of, read_rows
     from stages.evaluation import evaluate
     from stages.leftovers import drop_finished
-    from stages.rag import load_rag_parts, open_rag
-    from stages.search import load_index
+    from stages.rag import load_rag_parts, open_rag_on
     from stages.signs import evaluation_signs
-    from stages.tracking import open_run, root_folder
+    from stages.tracking import open_run
 
     settings = params.evaluate
-    encoder, generator = load_rag_parts(MODEL)
+    parts = load_rag_parts(MODEL)
     root = root_folder()
     trained = json.loads((MODEL / "run.json").read_text(encoding="utf-8"))
-    drop_finished(root, trained.get("fingerprint", ""))
-    rag = open_rag(
-        encoder,
-        generator,
-        load_index(INDEX, params.index),
-        TokenStore.open(TOKENS),
-        params.retriever.n_docs,
-        params.lengths,
-        device,
-    )
+    drop_finished(root, trained["fingerprint"])
+    rag = open_rag_on(parts, INDEX, TOKENS, params.index, params.retriever.n_docs, params.lengths, device)
     passages = read_rows(PREPARED / "passages.arrow")
     questions = read_rows(PREPARED / f"{settings.split}.arrow")
     if settings.num_samples:
@@ -60,7 +50,7 @@ def main() -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     # Where MLflow had not answered by the training's end, its journal is what knows the run.
-    journal = f"evaluate-{trained['run_id']}" if trained["run_id"] else f"train-{trained.get('fingerprint')}"
+    journal = f"evaluate-{trained['run_id']}" if trained["run_id"] else f"train-{trained['fingerprint']}"
     with open_run(
         root,
         trained["experiment"],

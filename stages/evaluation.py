@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from stages import marginalization, scoring
 from stages.decoding import Answer, generate
-from stages.micro_batches import in_parts
+from stages.micro_batches import in_batches
 from stages.params import Evaluate
 from stages.rag import Examples, Rag
 
@@ -35,10 +35,9 @@ def retrieve(rag: Rag, examples: Examples, depth: int, batch_size: int) -> Found
     def search(some: list[int]) -> tuple[Tensor, Tensor]:
         return rag.retrieve(rag.encode_questions(rag.batch(examples, some)))
 
-    for first in range(0, len(examples), batch_size):
-        for found, score in in_parts(list(range(first, min(first + batch_size, len(examples)))), search):
-            rows.append(found)
-            scores.append(score)
+    for found, score in in_batches(len(examples), batch_size, search):
+        rows.append(found)
+        scores.append(score)
     rag.n_docs = wanted
     return Found(torch.cat(rows), torch.cat(scores))
 
@@ -63,10 +62,9 @@ def answer(
             decoding=settings.decoding, marginalization=decoding_marginal,
         )  # fmt: skip
 
-    for first in range(0, len(examples), settings.batch_size):
-        for answers in in_parts(list(range(first, min(first + settings.batch_size, len(examples)))), decode):
-            yield from answers
-            bar.update(len(answers))
+    for answers in in_batches(len(examples), settings.batch_size, decode):
+        yield from answers
+        bar.update(len(answers))
     bar.close()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from stages.kinds import ROWS_A_CHUNK, inner, opened
+from stages.kinds import ROWS_A_CHUNK, inner, opened, reason
 
 KEY = "index.import_path"
 SMALLEST_FILE = 32  # bytes; less holds no header
@@ -53,9 +53,7 @@ class Imported:
             return _below_id_map(self.index).reconstruct_batch(np.ascontiguousarray(places, dtype=np.int64))
         except RuntimeError as error:
             kind = type(inner(self.index)).__name__
-            raise ValueError(
-                f"{KEY}: {self.path}: a {kind} gives no vectors back to check ({_reason(error)})"
-            ) from None
+            raise ValueError(f"{KEY}: {self.path}: a {kind} gives no vectors back to check ({reason(error)})") from None
 
 
 def open_imported(path: Path, dimension: int, passages: int) -> Imported:
@@ -63,12 +61,8 @@ def open_imported(path: Path, dimension: int, passages: int) -> Imported:
     _check_file(path)
     child = subprocess.run([sys.executable, "-c", READ_IN_A_CHILD, str(path)], capture_output=True, text=True)
     if child.returncode:
-        reason = (
-            child.stderr.strip().splitlines()[-1] if child.returncode > 0 and child.stderr.strip() else "it crashes"
-        )
-        raise ValueError(
-            f"{KEY}: {path}: damaged or not a FAISS index (FAISS cannot read it: {reason}); export it again"
-        )
+        said = child.stderr.strip().splitlines()[-1] if child.returncode > 0 and child.stderr.strip() else "it crashes"
+        raise ValueError(f"{KEY}: {path}: damaged or not a FAISS index (FAISS cannot read it: {said}); export it again")
     index = opened(path)
     if index.d != dimension:
         raise ValueError(
@@ -161,7 +155,8 @@ def _below_id_map(index: faiss.Index) -> faiss.Index:
 def _places(path: Path, index: faiss.Index) -> np.ndarray | None:
     """Where the inner index holds each row, for those that know ids; an IVF index learns to find its vectors by id."""
     lists = faiss.try_extract_index_ivf(index)
-    for ids, where in ((_ids_of_map(index), "its id map"), (_ids_of_lists(lists), "its inverted lists")):
+    mapped = _ids_of_map(index)
+    for ids, where in ((mapped, "its id map"), (_ids_of_lists(lists), "its inverted lists")):
         if ids is not None and not np.array_equal(np.sort(ids), np.arange(index.ntotal)):
             raise ValueError(
                 f"{KEY}: {path}: the ids in {where} are not the row numbers 0 to {index.ntotal - 1}, each once; number the "
@@ -169,8 +164,7 @@ def _places(path: Path, index: faiss.Index) -> np.ndarray | None:
             )
     if lists is not None:
         lists.make_direct_map()
-    ids = _ids_of_map(index)
-    return None if ids is None else np.argsort(ids)
+    return None if mapped is None else np.argsort(mapped)
 
 
 def _ids_of_map(index: faiss.Index) -> np.ndarray | None:
@@ -184,7 +178,3 @@ def _ids_of_lists(lists) -> np.ndarray | None:
     held = lists.invlists
     parts = [faiss.rev_swig_ptr(held.get_ids(i), held.list_size(i)) for i in range(lists.nlist) if held.list_size(i)]
     return np.concatenate([np.array(part) for part in parts]) if parts else np.empty(0, dtype=np.int64)
-
-
-def _reason(error: RuntimeError) -> str:
-    return str(error).strip().splitlines()[-1][:120]

@@ -35,9 +35,10 @@ def main() -> None:
     from stages.encoding import encode_passages, encode_some
     from stages.importing import SAMPLE, check_sample, open_imported, write_vectors
     from stages.kinds import build_index, empty_index, set_search_parameters
+    from stages.manifest import put_in_place
     from stages.outside import find
     from stages.quality import search_quality
-    from stages.search import describe_index, load_index, put_in_place, write_index
+    from stages.search import describe_index, load_index, write_index
 
     settings, lengths = params.index, params.lengths
     faiss.omp_set_num_threads(torch.get_num_threads())
@@ -81,8 +82,7 @@ def main() -> None:
 
     asking = load_encoder(str(RETRIEVER / "question_encoder"), "models.question_encoder")
     asking.model.to(device)
-    questions = read_rows(PREPARED / "validation.arrow")
-    questions = questions[: min(RECALL_QUESTIONS, len(questions))]["question"]
+    questions = read_rows(PREPARED / "validation.arrow")[:RECALL_QUESTIONS]["question"]
     metrics = {
         "passages": len(passages),
         "dimension": encoder.dimension,

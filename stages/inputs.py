@@ -5,7 +5,6 @@
 DVC runs it every time. The other stages depend on what it writes: a changed file reruns what reads it, nothing else does.
 """
 
-import json
 from pathlib import Path
 
 from stages.outside import describe, describe_model, find
@@ -17,6 +16,8 @@ INPUTS = Path("data/inputs")
 
 def main() -> None:
     params = load_params()
+    from stages.manifest import write_json
+
     models = params.models
     import_path = params.index.import_path
     found = {
@@ -31,9 +32,7 @@ def main() -> None:
 
     INPUTS.mkdir(parents=True, exist_ok=True)
     for name, entries in found.items():
-        unfinished = INPUTS / f"{name}.json.unfinished"
-        unfinished.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        unfinished.replace(INPUTS / f"{name}.json")
+        write_json(INPUTS / f"{name}.json", entries)
 
 
 def files_of(data: Data) -> dict[str, str]:

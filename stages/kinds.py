@@ -21,7 +21,7 @@ def empty_index(dimension: int, factory: str, passages: int) -> faiss.Index:
         index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise ValueError(
-            f"index.factory: '{factory}' is not a factory string that FAISS can build ({_reason(error)})"
+            f"index.factory: '{factory}' is not a factory string that FAISS can build ({reason(error)})"
         ) from None
     lists = faiss.try_extract_index_ivf(index)
     needed = lists.nlist if lists else 0
@@ -47,7 +47,7 @@ def build_index(vectors: np.ndarray, factory: str, train_size: int = TRAIN_SIZE)
             index.train(np.ascontiguousarray(vectors[np.sort(sample)]))  # sorted: the disk is read from front to back
         except RuntimeError as error:
             raise ValueError(
-                f"index.factory: '{factory}' cannot be trained on {len(sample)} passages ({_reason(error)})"
+                f"index.factory: '{factory}' cannot be trained on {len(sample)} passages ({reason(error)})"
             ) from None
     for first in range(0, len(vectors), ROWS_A_CHUNK):
         chunk = np.ascontiguousarray(vectors[first : first + ROWS_A_CHUNK])
@@ -97,5 +97,6 @@ def _no_parameter(name: str, index: faiss.Index, owner: str) -> str:
     return f"index.{name}: the index is of kind {kind}, which has no such parameter ({owner} has); set it to null"
 
 
-def _reason(error: RuntimeError) -> str:
+def reason(error: RuntimeError) -> str:
+    """What a FAISS exception says, in one line."""
     return str(error).strip().splitlines()[-1][:200]

@@ -8,6 +8,7 @@ their middle is found by `python -m stages.check`, which reads everything: the h
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 MANIFEST = "manifest.json"
@@ -19,13 +20,13 @@ def record(*files: Path) -> None:
     """Adds finished files to the manifest of their folder; they and it are on the disk when this returns."""
     for folder in {file.parent for file in files}:
         named = {str(file.relative_to(folder)): file for file in files if file.parent == folder}
-        _write(folder, _read(folder) | {name: _facts(file) for name, file in named.items()})
+        write_json(folder / MANIFEST, _read(folder) | {name: _facts(file) for name, file in named.items()})
 
 
 def record_folder(folder: Path) -> None:
     """Makes the manifest of everything in `folder`, subfolders included."""
     files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file != folder / MANIFEST)
-    _write(folder, {file.relative_to(folder).as_posix(): _facts(file) for file in files})
+    write_json(folder / MANIFEST, {file.relative_to(folder).as_posix(): _facts(file) for file in files})
 
 
 def damage(folder: Path, names: tuple[str, ...] | None = None, whole: bool = False) -> str | None:
@@ -62,12 +63,46 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def ends(file: Path) -> bytes:
-    """The first and the last MiB of a file."""
+def write_json(file: Path, value: object) -> None:
+    """Writes a JSON file that appears whole or not at all, and is on the disk when this returns."""
+    unfinished = file.with_name(f"{file.name}.unfinished")
+    with open(unfinished, "w", encoding="utf-8") as stream:
+        stream.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    unfinished.replace(file)
+    sync_folder(file.parent)
+
+
+def put_in_place(finished: Path, folder: Path) -> None:
+    """Renames a finished folder to `folder` (copies between disks); one that was there goes only when it arrived."""
+    old, new = folder.with_name(folder.name + ".old"), folder.with_name(folder.name + ".unfinished")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if finished.stat().st_dev != folder.parent.stat().st_dev:
+        shutil.rmtree(new, ignore_errors=True)
+        finished = Path(shutil.copytree(finished, new))
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    finished.rename(folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def content_digest(file: Path) -> str:
+    """The sha256 of a file, of one over WHOLE_FILE_LIMIT of its first and last MiB."""
+    size = file.stat().st_size
+    if size <= WHOLE_FILE_LIMIT:
+        return _whole_digest(file)
     with open(file, "rb") as stream:
         head = stream.read(END)
-        stream.seek(max(0, file.stat().st_size - END))
-        return head + stream.read()
+        stream.seek(size - END)
+        return hashlib.sha256(head + stream.read()).hexdigest()
+
+
+def _whole_digest(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _facts(file: Path) -> dict:
@@ -75,7 +110,7 @@ def _facts(file: Path) -> dict:
         facts = {"size": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
         os.fsync(stream.fileno())
     if facts["size"] > WHOLE_FILE_LIMIT:
-        facts["sha256_of_ends"] = hashlib.sha256(ends(file)).hexdigest()
+        facts["sha256_of_ends"] = content_digest(file)
     return facts
 
 
@@ -83,10 +118,9 @@ def _difference(file: Path, expected: dict, whole: bool) -> str | None:
     if not file.is_file() or file.stat().st_size != expected["size"]:
         return "is missing or cut short"
     if expected["size"] > WHOLE_FILE_LIMIT and not whole:
-        same = hashlib.sha256(ends(file)).hexdigest() == expected["sha256_of_ends"]
+        same = content_digest(file) == expected["sha256_of_ends"]
     else:
-        with open(file, "rb") as stream:
-            same = hashlib.file_digest(stream, "sha256").hexdigest() == expected["sha256"]
+        same = _whole_digest(file) == expected["sha256"]
     return None if same else "was altered after it was written"
 
 
@@ -100,13 +134,3 @@ def _read(folder: Path, must_exist: bool = False) -> dict:
         if must_exist:
             raise
         return {}  # what it listed is unknown, hence no longer trusted
-
-
-def _write(folder: Path, facts: dict) -> None:
-    unfinished = folder / f"{MANIFEST}.unfinished"
-    with open(unfinished, "w", encoding="utf-8") as stream:
-        stream.write(json.dumps(facts, indent=2, sort_keys=True) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    unfinished.replace(folder / MANIFEST)
-    sync_folder(folder)

@@ -4,21 +4,17 @@ Relative paths count from the folder of params.yaml. `dvc exp run --temp` and `-
 where files that git does not track are missing: there the path counts from $DVC_ROOT, the repository that the user sees.
 """
 
-import hashlib
-import os
 from pathlib import Path
 
-WHOLE = 64 * 2**20  # bytes: of larger files only the two ends are read, so that this costs no time at every `dvc repro`
-END = 2**20
+from stages import manifest
+from stages.runtime import root_folder
 
 
 def find(name: str) -> Path:
     """The path that a parameter names; one that exists nowhere (a hub name, for example) comes back as it is."""
     path = Path(name).expanduser()
-    root = os.environ.get("DVC_ROOT")
-    if root and not path.exists() and (Path(root) / path).exists():
-        return Path(root) / path
-    return path
+    there = root_folder() / path
+    return there if not path.exists() and there.exists() else path
 
 
 def find_file(name: str, key: str) -> Path:
@@ -65,15 +61,7 @@ def _check(path: Path, name: str, key: str) -> None:
 
 
 def _fingerprint(file: Path) -> dict:
-    """Of a file over WHOLE bytes the hash covers the first and the last MiB; its size tells most changes between them."""
+    """Size and hash; a large file's is that of its ends, and its size tells most changes between them."""
     size = file.stat().st_size
-    digest = hashlib.sha256()
-    with open(file, "rb") as opened:
-        if size <= WHOLE:
-            while block := opened.read(END):
-                digest.update(block)
-            return {"bytes": size, "sha256": digest.hexdigest()}
-        digest.update(opened.read(END))
-        opened.seek(size - END)
-        digest.update(opened.read(END))
-    return {"bytes": size, "sha256_of_ends": digest.hexdigest()}
+    kind = "sha256" if size <= manifest.WHOLE_FILE_LIMIT else "sha256_of_ends"
+    return {"bytes": size, kind: manifest.content_digest(file)}

@@ -24,8 +24,8 @@ from stages import manifest, marginalization
 from stages.contexts import TokenStore, assemble_contexts
 from stages.encoders import Encoder, load_encoder, padded_rows
 from stages.generators import Generator, generator_from, load_generator
-from stages.params import Lengths
-from stages.search import PassageIndex, doc_scores
+from stages.params import Index, Lengths
+from stages.search import PassageIndex, doc_scores, load_index
 
 CLASSES = {"token": RagTokenForGeneration, "sequence": RagSequenceForGeneration, "average": RagSequenceForGeneration}
 
@@ -187,6 +187,14 @@ def open_rag(
         )
     on_device = passages.to(device) if device.type == "cuda" else passages
     return Rag(encoder, generator, index.to(device), on_device, n_docs, lengths).to(device)
+
+
+def open_rag_on(
+    parts: tuple[Encoder, Generator], index: Path, tokens: Path, searching: Index, n_docs: int, lengths: Lengths,
+    device: torch.device,
+) -> Rag:  # fmt: skip
+    """`open_rag` of a question encoder and a generator over the index and the tokens in these folders."""
+    return open_rag(*parts, load_index(index, searching), TokenStore.open(tokens), n_docs, lengths, device)
 
 
 def save_rag(rag: Rag, folder: Path, marginal: str) -> None:

@@ -11,6 +11,11 @@ from stages.interrupts import Interrupted, end_with_parent
 from stages.params import Runtime
 
 
+def root_folder() -> Path:
+    """The real repository root: $DVC_ROOT where DVC runs us, in temp runs too, else the current folder."""
+    return Path(os.environ.get("DVC_ROOT") or Path.cwd()).resolve()
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs an entry point; a user's mistake (a ValueError raised by our own code) ends it with one line.
 

@@ -1,7 +1,6 @@
 """The passage index: FAISS over the passages' vectors, and the vectors themselves for scores with a gradient."""
 
 import json
-import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from stages import manifest
 from stages.exact import ExactSearch, fp32_scores
-from stages.kinds import inner, opened, set_search_parameters
+from stages.kinds import inner, opened, reason, set_search_parameters
 from stages.params import Index
 
 FILES = ("index.faiss", "vectors.npy", "index.json")
@@ -68,9 +67,8 @@ def _on_gpu(index: faiss.Index, device: torch.device) -> faiss.Index:
     try:
         return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device.index or 0, index)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
         print(
-            f"{type(index).__name__} is searched on the CPU: FAISS does not move it to a GPU ({reason})",
+            f"{type(index).__name__} is searched on the CPU: FAISS does not move it to a GPU ({reason(error)})",
             file=sys.stderr,
         )
         return index
@@ -86,40 +84,18 @@ def doc_scores(questions: Tensor, passages: Tensor, rows: Tensor) -> Tensor:
     return scores.masked_fill(rows < 0, float("-inf"))
 
 
-def save_index(folder: Path, index: faiss.Index, facts: dict) -> None:
-    """Writes index.faiss and index.json beside the vectors that are already in `folder`, and records all three."""
-    write_index(index, folder)
-    describe_index(folder, facts)
-
-
 def write_index(index: faiss.Index, folder: Path) -> None:
     """Writes index.faiss. Raises ValueError where the disk cannot take it."""
     try:
         faiss.write_index(index, str(folder / "index.faiss"))
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ValueError(f"{folder / 'index.faiss'}: cannot be written ({reason}); is the disk full?") from None
+        raise ValueError(f"{folder / 'index.faiss'}: cannot be written ({reason(error)}); is the disk full?") from None
 
 
 def describe_index(folder: Path, facts: dict) -> None:
     """Writes index.json and records the three files of an index by size and hash."""
     (folder / "index.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     manifest.record(*(folder / name for name in FILES))
-
-
-def put_in_place(finished: Path, folder: Path) -> None:
-    """Renames a finished index to `folder` (copies between disks); one that was there goes only when it arrived."""
-    old, new = folder.with_name(folder.name + ".old"), folder.with_name(folder.name + ".unfinished")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if finished.stat().st_dev != folder.parent.stat().st_dev:
-        shutil.rmtree(new, ignore_errors=True)
-        finished = Path(shutil.copytree(finished, new))
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    finished.rename(folder)
-    manifest.sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_index(folder: Path, settings: Index | None = None) -> PassageIndex:

@@ -7,7 +7,7 @@ the process ends is sent by `python -m stages.tracking JOURNAL`, which may be ru
 The store is $MLFLOW_TRACKING_URI, else `mlflow.db` and `mlartifacts/` in the real repository root, where a
 plain `mlflow ui` finds them. `dvc exp run --temp` and `--queue` work in <root>/.dvc/tmp/exps/<random>, a copy
 that is deleted afterwards; DVC sets $DVC_ROOT to the real root there (dvc/repo/experiments/queue/base.py), as
-it does everywhere else (dvc/stage/run.py), so root_folder() trusts it.
+it does everywhere else (dvc/stage/run.py), so runtime.root_folder() trusts it.
 """
 
 import argparse
@@ -44,18 +44,13 @@ from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor  # noqa
 from stages.journal import Journal, record, say, without_credentials  # noqa: E402
 from stages.recording import REFUSALS, Sender, Tracker, environment_tags, reason  # noqa: E402
 
-__all__ = ["Tracker", "environment_tags", "open_run", "root_folder", "tracking_uri"]
+__all__ = ["Tracker", "environment_tags", "open_run", "tracking_uri"]
 
 if "MLFLOW_LOGGING_LEVEL" not in os.environ:  # what goes wrong is said by us, once and in one line
     for _name in ("mlflow", "alembic"):
         logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 SESSION_TAG = "tracking.session"  # finds a run again whose creation was answered after our time-out
-
-
-def root_folder() -> Path:
-    """The real repository root: $DVC_ROOT where DVC runs us, in temp runs too, else the current folder."""
-    return Path(os.environ.get("DVC_ROOT") or Path.cwd()).resolve()
 
 
 def tracking_uri(root: Path) -> str:

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from stages.params import Params, load_params
-from stages.runtime import prepare_torch, run
+from stages.runtime import prepare_torch, root_folder, run
 
 PREPARED, TOKENS, RETRIEVER, INDEX = (Path("data") / name for name in ("prepared", "tokens", "retriever", "index"))
 MODEL, METRICS, CURVES = Path("data/model"), Path("metrics/train.json"), Path("metrics/curves.csv")
@@ -35,37 +35,28 @@ def main() -> None:
 
     from stages import leftovers, manifest
     from stages import rag as rag_model
-    from stages.checkpoints import Checkpoints, describe, digest, fingerprint
-    from stages.contexts import TokenStore
+    from stages.checkpoints import Checkpoints, checkpoint_folder, describe, digest, fingerprint
     from stages.corpus import read_rows
     from stages.curves import Curves, summary
     from stages.interrupts import Interrupts
     from stages.outside import find
     from stages.recipes import mixed_precision
-    from stages.search import load_index
     from stages.signs import training_signs
     from stages.skips import Skips
-    from stages.tracking import environment_tags, open_run, root_folder
+    from stages.tracking import environment_tags, open_run
     from stages.training import Trainer
 
     base_generator = find(params.models.generator)
-    encoder, generator = rag_model.load_base_parts(str(RETRIEVER / "question_encoder"), str(base_generator))
+    parts = rag_model.load_base_parts(str(RETRIEVER / "question_encoder"), str(base_generator))
     torch.manual_seed(params.train.seed)
-    rag = rag_model.open_rag(
-        encoder,
-        generator,
-        load_index(INDEX, params.index),
-        TokenStore.open(TOKENS),
-        params.retriever.n_docs,
-        params.lengths,
-        device,
-    )
-    examples = {}
-    for split in ("train", "validation"):
-        rows = read_rows(PREPARED / f"{split}.arrow")
-        if split == "train":
-            question_ids = list(rows["id"])
-        examples[split] = rag.examples(list(rows["question"]), [answers[0] for answers in rows["answers"]]).to(device)
+    rag = rag_model.open_rag_on(parts, INDEX, TOKENS, params.index, params.retriever.n_docs, params.lengths, device)
+    rows = {split: read_rows(PREPARED / f"{split}.arrow") for split in ("passages", "train", "validation")}
+    examples = {
+        split: rag.examples(list(rows[split]["question"]), [answers[0] for answers in rows[split]["answers"]]).to(
+            device
+        )
+        for split in ("train", "validation")
+    }
 
     root = root_folder()
     generator_files = [base_generator] if base_generator.is_dir() else []
@@ -76,7 +67,7 @@ def main() -> None:
     lock = leftovers.lock(root, name)
     for line in leftovers.lines(root, name, description):
         print(line)
-    checkpoints = Checkpoints(root / leftovers.FOLDER / name, params.train.save_total_limit, description)
+    checkpoints = Checkpoints(checkpoint_folder(name), params.train.save_total_limit, description)
     journal = root / ".tracking" / f"train-{name}.jsonl"
     trainer = Trainer(
         rag,
@@ -85,7 +76,7 @@ def main() -> None:
         mixed_precision(params.recipe.precision, device),
         params.train.seed,
         checkpoints,
-        Skips(params.train.max_skipped_steps, question_ids, journal.with_name(f"skipped-{name}.json")),
+        Skips(params.train.max_skipped_steps, list(rows["train"]["id"]), journal.with_name(f"skipped-{name}.json")),
         keep_threads=bool(params.runtime.threads),
     )
 
@@ -97,9 +88,9 @@ def main() -> None:
     with tracker:
         tracker.set_tags({**environment_tags(Path.cwd()), "recipe": params.train.recipe, "fingerprint": name})
         tracker.log_params(settings_of(params))
-        for split in ("passages", "train", "validation"):
+        for split, content in rows.items():
             file = PREPARED / f"{split}.arrow"
-            tracker.log_dataset(split, digest(file), str(file), split, {"rows": len(read_rows(file))})
+            tracker.log_dataset(split, digest(file), str(file), split, {"rows": len(content)})
 
         with Interrupts() as interrupts:
             trainer.run(examples["train"], examples["validation"], curves.point, interrupts.asked)

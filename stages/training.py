@@ -19,7 +19,7 @@ from stages import checkpoints as checkpointing
 from stages import marginalization
 from stages.checkpoints import Checkpoints
 from stages.interrupts import Interrupted
-from stages.micro_batches import free_memory, halved, in_parts, is_out_of_memory, split
+from stages.micro_batches import free_memory, halved, in_batches, is_out_of_memory, split
 from stages.params import Recipe, Train
 from stages.rag import Examples, Rag
 from stages.recipes import Update, updates
@@ -84,16 +84,12 @@ def validation_loss(rag: Rag, validation: Examples, marginal: str) -> dict[str, 
     measured = "token" if marginal == "token" else "sequence"
     was_training = rag.training
     rag.eval()
-    total = 0.0
+
+    def loss(rows: list[int]) -> float:
+        return rag(rag.batch(validation, rows), marginal=measured).nll.double().sum().item()
+
     with torch.no_grad():
-        for first in range(0, len(validation), VALIDATION_BATCH):
-            rows = list(range(first, min(first + VALIDATION_BATCH, len(validation))))
-            total += sum(
-                in_parts(
-                    rows,
-                    lambda part: rag(rag.batch(validation, part), marginal=measured).nll.double().sum().item(),
-                )
-            )
+        total = sum(in_batches(len(validation), VALIDATION_BATCH, loss))
     rag.train(was_training)
     return {
         "val_loss_per_sequence": total / len(validation),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_pipeline import ROOT, SMALL, merged, ran, run
+from test_pipeline import ROOT, SMALL, first_run, merged, ran, run
 
 pytestmark = pytest.mark.slow
 CITIES = ["Oslo", "Paris", "Rome", "Lima"]
@@ -49,13 +49,7 @@ def project(tmp_path_factory) -> Path:
     )
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     (folder / "params.yaml").write_text(yaml.safe_dump(merged(merged(params, SMALL), OWN)), encoding="utf-8")
-    run(folder, "git", "init", "-q")
-    run(folder, "git", "add", "-A")
-    run(folder, "git", "commit", "-qm", "own data")
-    run(folder, "dvc", "repro")
-    run(folder, "git", "add", "-A")
-    run(folder, "git", "commit", "-qm", "first run")
-    return folder
+    return first_run(folder)
 
 
 def test_own_data_goes_all_the_way(project):

@@ -4,11 +4,12 @@ import faiss
 import numpy as np
 import pytest
 import torch
+from tiny_rag import save_index
 
 from stages.kinds import build_index, empty_index, inner, set_search_parameters
 from stages.params import Index
 from stages.quality import recall_of_exact
-from stages.search import load_index, save_index
+from stages.search import load_index
 
 VECTORS = np.random.default_rng(0).normal(size=(600, 16)).astype(np.float32) * 3
 QUERIES = np.random.default_rng(1).normal(size=(40, 16)).astype(np.float32)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stages import inputs, outside
+from stages import inputs, manifest
 from stages.outside import describe, describe_model, find
 from stages.runtime import run
 
@@ -53,7 +53,7 @@ def test_content_counts_not_time(tmp_path, monkeypatch):
 
 def test_of_large_files_both_ends_and_the_size_count(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(outside, "WHOLE", 4 * 2**20)
+    monkeypatch.setattr(manifest, "WHOLE_FILE_LIMIT", 4 * 2**20)
     content = bytearray(5 * 2**20)
     seen = []
     for position in (None, 0, 2**20 - 1, len(content) - 1):

@@ -41,6 +41,17 @@ def run(folder: Path, *command: str, check: bool = True, text: str = "") -> subp
     return done
 
 
+def first_run(folder: Path) -> Path:
+    """Makes a repository of the folder, runs the pipeline, commits what it wrote."""
+    run(folder, "git", "init", "-q")
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "commit", "-qm", "before the first run")
+    run(folder, "dvc", "repro")
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "commit", "-qm", "first run")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
     """A fresh repository with small parameters after its first `dvc repro`."""
@@ -54,13 +65,7 @@ def project(tmp_path_factory) -> Path:
             shutil.copy(ROOT / name, folder / name)
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     (folder / "params.yaml").write_text(yaml.safe_dump(merged(params, SMALL)), encoding="utf-8")
-    run(folder, "git", "init", "-q")
-    run(folder, "git", "add", "-A")
-    run(folder, "git", "commit", "-qm", "small")
-    run(folder, "dvc", "repro")
-    run(folder, "git", "add", "-A")
-    run(folder, "git", "commit", "-qm", "first run")
-    return folder
+    return first_run(folder)
 
 
 def ran(output: str) -> list[str]:

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from tiny_rag import save_index
 
 from stages.kinds import build_index
-from stages.search import PassageIndex, doc_scores, load_index, put_in_place, save_index
+from stages.manifest import put_in_place
+from stages.search import PassageIndex, doc_scores, load_index
 
 VECTORS = np.random.default_rng(0).normal(size=(600, 16)).astype(np.float32) * 3
 QUERIES = torch.from_numpy(np.random.default_rng(1).normal(size=(7, 16)).astype(np.float32))

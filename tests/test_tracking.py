@@ -17,6 +17,7 @@ from sqlalchemy.engine import make_url
 
 from stages import tracking
 from stages.journal import Journal, record
+from stages.runtime import root_folder
 
 CODE = Path(__file__).resolve().parent.parent
 EXPERIMENT = "demo"
@@ -118,12 +119,12 @@ def check_everything(client, run_id, folder):
 
 
 def test_root_is_dvc_root_else_the_current_folder(root, monkeypatch):
-    assert tracking.root_folder() == root
+    assert root_folder() == root
     inside = root / ".dvc" / "tmp" / "exps" / "tmp1"
     inside.mkdir(parents=True)
     monkeypatch.chdir(inside)
     monkeypatch.setenv("DVC_ROOT", str(root))
-    assert tracking.root_folder() == root
+    assert root_folder() == root
 
 
 def test_the_store_of_a_plain_mlflow_ui(root, monkeypatch):
@@ -150,7 +151,7 @@ def test_artifacts_lie_at_the_root_also_from_a_temp_run(root, monkeypatch):
     inside.mkdir(parents=True)
     monkeypatch.chdir(inside)
     monkeypatch.setenv("DVC_ROOT", str(root))
-    with start(tracking.root_folder()) as tracker:
+    with start(root_folder()) as tracker:
         tracker.log_text("hello", "hello.txt")
     assert (root / "mlartifacts" / tracker.run_id / "artifacts" / "hello.txt").read_text() == "hello"
     assert list(inside.iterdir()) == []

@@ -1,6 +1,7 @@
 """A RAG model of random weights, small enough to train in milliseconds, with the embedded tokenizers."""
 
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from stages.generators import generator_from, passage_tokens
 from stages.kinds import build_index
 from stages.params import Lengths, Recipe, Train
 from stages.rag import Rag, open_rag
-from stages.search import PassageIndex
+from stages.search import PassageIndex, describe_index, write_index
 
 LENGTHS = Lengths(question_tokens=24, passage_tokens=48, context_tokens=64, answer_tokens=8)
 TITLES = [f"Place {name}" for name in ("Alpha", "Beta", "Gamma", "Delta", "Epsilon", "Zeta", "Eta", "Theta", "Iota")]
@@ -58,3 +59,9 @@ def tiny_rag(n_docs: int = 3, passages: int = len(TITLES), seed: int = 0) -> Rag
     index = PassageIndex(build_index(vectors, "Flat"), torch.from_numpy(vectors))
     store = TokenStore.from_rows(passage_tokens(generator.tokenizer, TITLES[:passages], TEXTS[:passages]))
     return open_rag(encoder, generator, index, store, n_docs, LENGTHS, torch.device("cpu"))
+
+
+def save_index(folder: Path, index, facts: dict) -> None:
+    """Writes an index beside the vectors that are already in `folder`."""
+    write_index(index, folder)
+    describe_index(folder, facts)
