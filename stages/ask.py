@@ -42,6 +42,7 @@ def main() -> None:
         params.retriever.n_docs,
         params.lengths,
         device,
+        params.retriever.score_scale,
     )
     rag.eval()
     passages = read_rows(PREPARED / "passages.arrow")

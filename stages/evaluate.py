@@ -38,6 +38,7 @@ def main() -> None:
         params.retriever.n_docs,
         params.lengths,
         device,
+        params.retriever.score_scale,
     )
     passages = read_rows(PREPARED / "passages.arrow")
     questions = read_rows(PREPARED / f"{settings.split}.arrow")

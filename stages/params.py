@@ -94,10 +94,23 @@ class Data(Section):
         return self
 
 
+class Lora(Section):
+    rank: Positive
+    alpha: Annotated[float, Field(gt=0)]
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    target_modules: Literal["all-linear"] | list[Name] | None
+
+
 class Models(Section):
     question_encoder: Name
     context_encoder: Name
+    pooling: Literal["auto", "cls", "mean"] = "auto"
+    normalize: Literal["auto"] | bool = "auto"
+    question_prefix: str = ""
+    passage_prefix: str = ""
     generator: Name
+    chat_template: bool = False
+    lora: Lora | None = None
 
 
 class Lengths(Section):
@@ -112,6 +125,7 @@ class Retriever(Section):
     steps: Count
     batch_size: Annotated[int, Field(ge=2)]
     learning_rate: Rate
+    score_scale: Annotated[float, Field(gt=0)] = 1.0
 
 
 class Index(Section):
@@ -138,6 +152,7 @@ class Train(Section):
     eval_steps: Positive
     save_steps: Positive
     save_total_limit: Positive
+    gradient_checkpointing: bool = False
 
 
 class Recipe(Section):

@@ -20,9 +20,9 @@ MODEL, METRICS, CURVES = Path("data/model"), Path("metrics/train.json"), Path("m
 def settings_of(params: Params) -> dict:
     """What this stage reads from params.yaml; dvc.yaml lists the same keys."""
     return {
-        "models": {"generator": params.models.generator},
+        "models": params.models.model_dump(include={"generator", "chat_template", "lora"}),
         "lengths": params.lengths.model_dump(),
-        "retriever": {"n_docs": params.retriever.n_docs},
+        "retriever": {"n_docs": params.retriever.n_docs, "score_scale": params.retriever.score_scale},
         "train": params.train.model_dump(),
         "recipe": params.recipe.model_dump(),
     }
@@ -38,6 +38,7 @@ def main() -> None:
     from stages.contexts import TokenStore
     from stages.corpus import read_rows
     from stages.curves import Curves, summary
+    from stages.lora import add_lora
     from stages.outside import find
     from stages.recipes import mixed_precision
     from stages.search import load_index
@@ -46,8 +47,12 @@ def main() -> None:
     from stages.training import Trainer
 
     base_generator = find(params.models.generator)
-    encoder, generator = rag_model.load_base_parts(str(RETRIEVER / "question_encoder"), str(base_generator))
+    encoder, generator = rag_model.load_base_parts(
+        str(RETRIEVER / "question_encoder"), str(base_generator), params.models.chat_template
+    )
     torch.manual_seed(params.train.seed)
+    if params.models.lora:
+        add_lora(generator.model, params.models.lora)
     rag = rag_model.open_rag(
         encoder,
         generator,
@@ -56,6 +61,7 @@ def main() -> None:
         params.retriever.n_docs,
         params.lengths,
         device,
+        params.retriever.score_scale,
     )
     examples = {}
     for split in ("train", "validation"):
@@ -63,7 +69,7 @@ def main() -> None:
         examples[split] = rag.examples(list(rows["question"]), [answers[0] for answers in rows["answers"]]).to(device)
 
     root = root_folder()
-    generator_files = [base_generator] if base_generator.is_dir() else []
+    generator_files = [base_generator] if base_generator.exists() else []
     name = fingerprint(settings_of(params), [PREPARED, TOKENS, RETRIEVER / "question_encoder", INDEX, *generator_files])
     checkpoints = Checkpoints(root / ".checkpoints" / name, params.train.save_total_limit)
     trainer = Trainer(

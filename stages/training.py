@@ -113,6 +113,8 @@ class Trainer:
         self.accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
         self.rag, self.recipe, self.settings, self.seed = rag, recipe, settings, seed
         self.checkpoints = checkpoints
+        if settings.gradient_checkpointing:
+            rag.generator_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model, self.optimizer = self.accelerator.prepare(rag, make_optimizer(rag, settings))
         self.schedule = make_schedule(self.optimizer.optimizer, settings)
         self.progress = Progress()

@@ -14,7 +14,7 @@ from transformers import (
     T5Config,
 )
 
-from stages.generators import generator_from, load_generator
+from stages.generators import generator_from, load_generator, passage_tokens
 
 BOS, PAD, EOS = 0, 1, 2
 T5_SIZES = dict(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_decoder_layers=2, num_heads=2)
@@ -101,7 +101,7 @@ def test_weights_stored_in_half_precision_are_loaded_as_float32(folder, generato
 
 def test_token_layout_of_a_context(generator):
     passage, question = "Rome / Rome is in Italy.", " // Where is Rome?"
-    [passage_ids] = generator.passage_tokens(["Rome"], ["Rome is in Italy."])
+    [passage_ids] = passage_tokens(generator.tokenizer, ["Rome"], ["Rome is in Italy."])
     [question_ids] = generator.question_tokens(["Where is Rome?"])
     whole = generator.tokenizer(passage + question, add_special_tokens=False)["input_ids"]
     assert passage_ids + question_ids == whole
@@ -110,7 +110,7 @@ def test_token_layout_of_a_context(generator):
     assert generator.context_prefix == ([BOS] if is_bart else [])
     assert generator.decoder_prefix == ([BOS] if is_bart else [PAD])
     assert generator.max_positions == (64 if is_bart else None)
-    assert generator.passage_tokens([], []) == generator.question_tokens([]) == []
+    assert passage_tokens(generator.tokenizer, [], []) == generator.question_tokens([]) == []
 
 
 def test_decode_gives_the_text_without_special_tokens(generator):
