@@ -57,3 +57,16 @@ ui: install  ## MLflow's pages on 127.0.0.1
 
 clean:  ## remove what can be made again (never data/tiny, never MLflow's store)
 	rm -rf .checkpoints .pytest_cache .ruff_cache build *.egg-info
+
+.PHONY: chaos unlock audit
+chaos: install-dev  ## kill the pipeline at 20 random points, compare what comes out (takes a while)
+	python -m stages.chaos
+
+unlock:  ## after a killed DVC that says its RWLock-file is corrupted or busy; only while no dvc runs here
+	rm -f .dvc/tmp/rwlock
+
+audit: install-dev  ## known vulnerabilities of the installed packages; reports, never fails
+	@out=$$(pip-audit --progress-spinner off --skip-editable 2>&1); code=$$?; echo "$$out"; \
+	left=$$(echo "$$out" | grep -c 'could not be audited'); \
+	test "$$left" = 0 || echo "audit: the advisory service gave no answer about $$left packages: nothing is known about them"; \
+	test "$$code" = 0 || echo "audit: findings above, or the advisory service could not be reached (exit code $$code)"

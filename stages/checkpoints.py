@@ -1,6 +1,8 @@
 """Checkpoints that outlive a kill: written whole or not at all, checked when read, never another recipe's.
 
-They live outside DVC's outputs, which DVC deletes before a stage runs, at `<root>/.checkpoints/<fingerprint>`.
+They live outside DVC's outputs, which DVC deletes before a stage runs, at `<root>/.checkpoints/<fingerprint>`. Beside
+them lies description.json, from which stages/leftovers.py tells in what two fingerprints differ. A finished training
+leaves its kept weights there until the next stage has begun: DVC has then taken the model, whatever was killed before.
 """
 
 import hashlib
@@ -15,25 +17,44 @@ from safetensors.torch import load_file, save_file
 
 from stages import manifest
 
+DESCRIPTION, BEST = "description.json", "best.json"
+# Modules that change no result, so that a mended message costs no training (tests/test_dag.py leaves out the same).
+WATCHERS = {"interrupts", "journal", "leftovers", "params", "recording", "runtime", "tracking"}
 
-def fingerprint(settings: dict, inputs: list[Path]) -> str:
-    """Names what a training computes: its parameters, its input files and the code that is loaded.
+
+def describe(settings: dict, inputs: list[Path]) -> dict[str, dict]:
+    """What a training computes: its parameters, its input files and the code that is loaded, each by a digest.
 
     Files over 64 MiB count by size and by their first and last MiB, so that 60 GB of vectors cost nothing.
     """
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     # A copy: the tracking thread imports while this runs.
     loaded = sys.modules.copy()
     modules = {name: module for name, module in loaded.items() if name.startswith("stages.") or name == "__main__"}
     code = {Path(module.__file__) for module in modules.values() if getattr(module, "__file__", None)}
-    for path in sorted(code, key=lambda file: file.name):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    for path in inputs:
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file():
-                digest.update(f"{file.relative_to(path)} {file.stat().st_size}\0".encode())
-                digest.update(_content(file))
-    return digest.hexdigest()[:16]
+    return {
+        "settings": settings,
+        "inputs": {path.as_posix(): digest(path) for path in inputs},
+        "code": {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+            for path in sorted(code)
+            if path.stem not in WATCHERS
+        },
+    }
+
+
+def fingerprint(description: dict) -> str:
+    """The name of what `describe` found."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def digest(path: Path) -> str:
+    """Names and contents of a file or of a folder's files, in 16 characters."""
+    found = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            found.update(f"{file.relative_to(path)} {file.stat().st_size}\0".encode())
+            found.update(_content(file))
+    return found.hexdigest()[:16]
 
 
 def checkpoint_folder(name: str) -> Path:
@@ -49,64 +70,123 @@ def _content(file: Path) -> bytes:
 
 
 class Checkpoints:
-    """The checkpoints of one training, the last `keep` of them and the best weights."""
+    """The checkpoints of one training: the last `keep` of them, and the best weights that these and it refer to."""
 
-    def __init__(self, folder: Path, keep: int):
+    def __init__(self, folder: Path, keep: int, description: dict | None = None):
         self.folder, self.keep = folder, keep
         folder.mkdir(parents=True, exist_ok=True)
+        if description is not None:
+            unfinished = folder / f"{DESCRIPTION}.unfinished"
+            _write_json(unfinished, description)
+            unfinished.rename(folder / DESCRIPTION)
 
-    def save(self, step: int, weights: dict[str, torch.Tensor], state: dict) -> Path:
-        """Writes a resumable checkpoint of this step and drops the oldest beyond `keep`; returns its folder."""
-        target = self._write(f"step-{step:08d}", weights, state)
+    def save(self, step: int, weights: dict[str, torch.Tensor], state: dict, best: int | None = None) -> Path:
+        """Writes a resumable checkpoint of this step and drops the oldest beyond `keep`; returns its folder.
+
+        `best` is the step whose weights were saved by `save_best` and belong to this checkpoint.
+        """
+        target = self._write(f"step-{step:08d}", weights, state, best)
         for old in self._steps()[: -self.keep]:
             shutil.rmtree(old)
+        self._drop_bests(best)
         return target
 
-    def save_best(self, weights: dict[str, torch.Tensor]) -> Path:
-        """Replaces the best weights."""
-        return self._write("best", weights, {})
+    def save_best(self, step: int, weights: dict[str, torch.Tensor]) -> Path:
+        """Writes the best weights so far; those that a checkpoint refers to stay, for who goes on from there."""
+        target = self._write(f"best-{step:08d}", weights, {})
+        self._drop_bests(step)
+        return target
 
     def latest(self) -> tuple[dict[str, torch.Tensor], dict] | None:
         """Weights and state of the newest checkpoint that is whole; damaged ones are named and passed over."""
         for folder in reversed(self._steps()):
-            problem = manifest.damage(folder, whole=True)
+            problem = _damage(folder)
+            best = _best_of(folder)
+            if problem is None and best is not None and (missing := _damage(self._best(best))):
+                problem = f"the best weights that belong to it, {self._best(best).name}: {missing}"
             if problem is None:
-                state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-                return load_file(folder / "weights.safetensors"), state
+                return _read(folder)
             print(f"{folder}: {problem}; an earlier checkpoint is used where there is one", file=sys.stderr)
         return None
 
-    def best(self) -> dict[str, torch.Tensor] | None:
-        folder = self.folder / "best"
-        if not folder.is_dir():
-            return None
-        problem = manifest.damage(folder, whole=True)
+    def best(self, step: int) -> dict[str, torch.Tensor]:
+        """The best weights, of this step; ValueError where they are damaged."""
+        folder = self._best(step)
+        problem = _damage(folder)
         if problem is not None:
             raise ValueError(f"{folder}: {problem}; delete {self.folder} to train again from the start")
         return load_file(folder / "weights.safetensors")
 
-    def remove(self) -> None:
-        """Deletes them all, once the finished model is in its place."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def finish(self, weights: dict[str, torch.Tensor], state: dict) -> None:
+        """Keeps the weights of a finished training in place of all its checkpoints."""
+        self._write("finished", weights, state)
+        for folder in [*self._steps(), *self._bests()]:
+            shutil.rmtree(folder)
+
+    def finished(self) -> tuple[dict[str, torch.Tensor], dict] | None:
+        """What `finish` kept, where it is whole."""
+        folder = self.folder / "finished"
+        return _read(folder) if self.is_finished() else None
+
+    def is_finished(self) -> bool:
+        return _damage(self.folder / "finished") is None
+
+    def _best(self, step: int) -> Path:
+        return self.folder / f"best-{step:08d}"
 
     def _steps(self) -> list[Path]:
         return sorted(folder for folder in self.folder.glob("step-*") if folder.suffix != ".unfinished")
 
-    def _write(self, name: str, weights: dict[str, torch.Tensor], state: dict) -> Path:
+    def _bests(self) -> list[Path]:
+        return [folder for folder in self.folder.glob("best-*") if folder.suffix != ".unfinished"]
+
+    def _drop_bests(self, wanted: int | None) -> None:
+        kept = {self._best(step) for step in (wanted, *map(_best_of, self._steps())) if step is not None}
+        for folder in self._bests():
+            if folder not in kept:
+                shutil.rmtree(folder)
+
+    def _write(self, name: str, weights: dict[str, torch.Tensor], state: dict, best: int | None = None) -> Path:
         unfinished, target = self.folder / f"{name}.unfinished", self.folder / name
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         save_file(weights, unfinished / "weights.safetensors")
         torch.save(state, unfinished / "state.pt")
+        if best is not None:
+            _write_json(unfinished / BEST, {"step": best})
         manifest.record_folder(unfinished)
-        replaced = self.folder / f"{name}.replaced.unfinished"
-        shutil.rmtree(replaced, ignore_errors=True)
-        if target.exists():
+        if target.exists():  # a resumed training comes by this step again; no checkpoint refers to the old one
+            replaced = self.folder / f"{name}.replaced.unfinished"
+            shutil.rmtree(replaced, ignore_errors=True)
             target.rename(replaced)
+            shutil.rmtree(replaced)
         unfinished.rename(target)
         manifest.sync_folder(self.folder)
-        shutil.rmtree(replaced, ignore_errors=True)
         return target
+
+
+def _read(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    return load_file(folder / "weights.safetensors"), state
+
+
+def _best_of(folder: Path) -> int | None:
+    try:
+        return json.loads((folder / BEST).read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None  # none, or damaged, which the manifest tells
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    return manifest.damage(folder, whole=True) if folder.is_dir() else "missing"
+
+
+def _write_json(path: Path, value: dict) -> None:
+    with open(path, "w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def own_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -137,3 +217,15 @@ def set_random_state(state: dict) -> None:
     torch.set_rng_state(state["cpu"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def restore_threads(threads: int, keep_present: bool) -> None:
+    """As many CPU threads as the checkpoint's process had, where the machine has the cores: the sums' order is theirs."""
+    present = torch.get_num_threads()
+    if threads == present:
+        return
+    if keep_present or threads > (os.cpu_count() or 1):
+        print(f"{present} threads, {threads} before the interruption: the last bits of the weights may differ")
+        return
+    torch.set_num_threads(threads)
+    print(f"{threads} threads, as before the interruption, so that the same weights come out")

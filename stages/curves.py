@@ -10,25 +10,31 @@ COLUMNS = [
     "step", "questions_seen", "train_loss_per_sequence", "train_loss_per_token", "val_loss_per_sequence",
     "val_loss_per_token", "learning_rate", "gradient_norm", "question_encoder_gradient_norm", "prior_entropy",
     "distinct_passages", "seconds_per_step", "seconds_per_batch", "questions_per_second", "tokens_per_second",
-    "host_wait", "gpu_utilization", "gpu_memory",
+    "host_wait", "gpu_utilization", "gpu_memory", "skipped_steps", "overflow_steps", "micro_batch",
 ]  # fmt: skip
 
 
 class Curves:
-    """Sends each logged point to the tracker and, with a folder, to TensorBoard."""
+    """Sends each logged point to the tracker and, with a folder, to TensorBoard.
+
+    A resumed training goes again through the steps behind its last checkpoint; those that its journal holds already are
+    not sent twice, and TensorBoard forgets what a killed process had written beyond the first new point.
+    """
 
     def __init__(self, tracker, board_folder: Path | None):
-        self.tracker = tracker
+        self.tracker, self.board_folder = tracker, board_folder
+        self.logged = tracker.journal.logged_steps()
         self.board = None
-        if board_folder is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(board_folder))
 
     def point(self, point: dict) -> None:
         values = {name: value for name, value in point.items() if name != "step"}
-        self.tracker.log_metrics(values, step=point["step"])
-        if self.board:
+        if point["step"] not in self.logged:
+            self.tracker.log_metrics(values, step=point["step"])
+        if self.board_folder is not None:
+            if self.board is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(str(self.board_folder), purge_step=point["step"])
             for name, value in values.items():
                 self.board.add_scalar(name, value, point["step"])
             self.board.flush()
@@ -64,4 +70,7 @@ def summary(progress: Progress, settings: Train, keeps_best: bool) -> dict[str, 
         "questions_per_second": progress.questions_seen / seconds,
         "tokens_per_second": timed[-1]["tokens_per_second"],
         "training_seconds": seconds,
+        "skipped_steps": progress.skipped_steps,
+        "overflow_steps": progress.overflow_steps,
+        "micro_batch": progress.micro_batch or settings.batch_size,
     }

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from stages.contexts import TokenStore
 from stages.encoders import Encoder
 
-SHARD = 32768  # passages
+SHARD = 8192  # passages; token ids of two shards are held at once, 20 KB a passage while the tokenizer works
 FINISHED = "shards.json"
 
 

@@ -23,6 +23,7 @@ def main() -> None:
     from stages.contexts import TokenStore
     from stages.corpus import positions_of, read_rows
     from stages.evaluation import evaluate
+    from stages.leftovers import drop_finished
     from stages.rag import load_rag_parts, open_rag
     from stages.search import load_index
     from stages.signs import evaluation_signs
@@ -30,6 +31,9 @@ def main() -> None:
 
     settings = params.evaluate
     encoder, generator = load_rag_parts(MODEL)
+    root = root_folder()
+    trained = json.loads((MODEL / "run.json").read_text(encoding="utf-8"))
+    drop_finished(root, trained.get("fingerprint", ""))
     rag = open_rag(
         encoder,
         generator,
@@ -56,10 +60,17 @@ def main() -> None:
         for row in predictions:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    root = root_folder()
-    trained = json.loads((MODEL / "run.json").read_text(encoding="utf-8"))
-    journal = root / ".tracking" / f"evaluate-{trained['run_id']}.jsonl"
-    with open_run(root, trained["experiment"], trained["run_id"], None, journal, None) as tracker:
+    # Where MLflow had not answered by the training's end, its journal is what knows the run.
+    journal = f"evaluate-{trained['run_id']}" if trained["run_id"] else f"train-{trained.get('fingerprint')}"
+    with open_run(
+        root,
+        trained["experiment"],
+        trained["run_id"],
+        None,
+        root / ".tracking" / f"{journal}.jsonl",
+        None,
+        same_run=True,
+    ) as tracker:
         tracker.log_metrics({f"{settings.split}_{name}": value for name, value in metrics.items()})
         tracker.log_params({"evaluate": settings.model_dump()})
         tracker.set_tags(verdicts.tags)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from stages import marginalization, scoring
 from stages.decoding import Answer, generate
+from stages.micro_batches import in_parts
 from stages.params import Evaluate
 from stages.rag import Examples, Rag
 
@@ -30,11 +31,14 @@ def retrieve(rag: Rag, examples: Examples, depth: int, batch_size: int) -> Found
     """The `depth` best passages of every question; depth is at least rag.n_docs."""
     rows, scores = [], []
     wanted, rag.n_docs = rag.n_docs, depth
+
+    def search(some: list[int]) -> tuple[Tensor, Tensor]:
+        return rag.retrieve(rag.encode_questions(rag.batch(examples, some)))
+
     for first in range(0, len(examples), batch_size):
-        batch = rag.batch(examples, list(range(first, min(first + batch_size, len(examples)))))
-        found, score = rag.retrieve(rag.encode_questions(batch))
-        rows.append(found)
-        scores.append(score)
+        for found, score in in_parts(list(range(first, min(first + batch_size, len(examples)))), search):
+            rows.append(found)
+            scores.append(score)
     rag.n_docs = wanted
     return Found(torch.cat(rows), torch.cat(scores))
 
@@ -44,21 +48,25 @@ def answer(
 ) -> Iterator[Answer]:
     """Answers of all questions, each from its passages `rows` [N, K] (-1: none, the question alone) and their prior.
 
-    Questions are decoded in batches of settings.batch_size.
+    Questions are decoded in batches of settings.batch_size, one that does not fit into memory in halves.
     """
     decoding_marginal = "token" if marginal == "token" else "sequence"
     bar = tqdm(total=len(examples), desc=progress, unit=" questions", disable=not progress)
-    for first in range(0, len(examples), settings.batch_size):
-        chosen = list(range(first, min(first + settings.batch_size, len(examples))))
+
+    def decode(chosen: list[int]) -> list[Answer]:
         batch = rag.batch(examples, chosen)
         input_ids, attention_mask = rag.contexts(batch, rows[chosen])
         shape = (len(chosen), rows.shape[1], -1)
-        yield from generate(
+        return generate(
             rag.generator, input_ids.view(shape), attention_mask.view(shape), log_prior[chosen],
             num_beams=settings.num_beams, max_answer_tokens=rag.lengths.answer_tokens,
             decoding=settings.decoding, marginalization=decoding_marginal,
         )  # fmt: skip
-        bar.update(len(chosen))
+
+    for first in range(0, len(examples), settings.batch_size):
+        for answers in in_parts(list(range(first, min(first + settings.batch_size, len(examples)))), decode):
+            yield from answers
+            bar.update(len(answers))
     bar.close()
 
 

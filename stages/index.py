@@ -29,7 +29,7 @@ def main() -> None:
     import torch
     from transformers import DPRContextEncoder
 
-    from stages.checkpoints import checkpoint_folder, fingerprint
+    from stages.checkpoints import checkpoint_folder, describe, fingerprint
     from stages.corpus import read_rows
     from stages.encoders import load_encoder
     from stages.encoding import encode_passages, encode_some
@@ -60,7 +60,7 @@ def main() -> None:
     what = {
         "passage_tokens": lengths.passage_tokens, "batch_tokens": settings.batch_tokens, "device": device.type, "copied": copied,
     }  # fmt: skip
-    work = checkpoint_folder(fingerprint(what, [PREPARED / "passages.arrow", RETRIEVER / "context_encoder"]))
+    work = checkpoint_folder(fingerprint(describe(what, [PREPARED / "passages.arrow", RETRIEVER / "context_encoder"])))
     result = work / "index"
     result.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()

@@ -247,6 +247,18 @@ class Journal:
             temporary.write_text(json.dumps(self.state))
             os.replace(temporary, self._sent_path)
 
+    def logged_steps(self) -> set[int]:
+        """The steps of the metrics that this file holds for the run that a resumed training goes on in."""
+        steps: set[int] = set()
+        with suppress(OSError), self.path.open("rb") as file:
+            for line in file:
+                entry = _parse(line)
+                if entry.get("kind") == "close" and entry.get("status") == "FINISHED":
+                    steps = set()
+                elif entry.get("kind") == "metrics" and entry.get("step") is not None:
+                    steps.add(entry["step"])
+        return steps
+
     def unsent(self) -> int:
         """How many records wait, in the file and in memory."""
         count = len(self.unwritten)

@@ -152,7 +152,13 @@ class Train(Section):
     eval_steps: Positive
     save_steps: Positive
     save_total_limit: Positive
+<<<<<<< HEAD
     gradient_checkpointing: bool = False
+=======
+    gradient_checkpointing: bool
+    halve_on_oom: bool
+    max_skipped_steps: Positive
+>>>>>>> main
 
 
 class Recipe(Section):

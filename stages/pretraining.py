@@ -29,7 +29,7 @@ class Arrays:
     """The arrays of `pretraining_corpus.build_arrays` on a device."""
 
     def __init__(self, path: Path, device: torch.device):
-        with np.load(path) as arrays:
+        with np.load(path, allow_pickle=False) as arrays:
             self.values = {name: torch.from_numpy(self._wide(arrays[name])).to(device) for name in arrays.files}
         self.passages = self.store("passages", "passage_offsets")
         self.span_starts, self.span_lengths = self.values["spans"].view(-1, 2).unbind(1)

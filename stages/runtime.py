@@ -1,19 +1,24 @@
 """How a stage runs on this machine: errors in one line, the device, the number of threads."""
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from stages.interrupts import Interrupted, end_with_parent
 from stages.params import Runtime
 
 
 def run(main: Callable[[], None]) -> None:
     """Runs an entry point; a user's mistake (a ValueError raised by our own code) ends it with one line.
 
-    Anything else keeps its traceback: it is ours or a library's to explain.
+    Anything else keeps its traceback: it is ours or a library's to explain. A signal ends it with exit code 128 plus the
+    signal's number, as a shell would report it.
     """
+    if "DVC_STAGE" in os.environ:
+        end_with_parent()
     try:
         main()
     except ValueError as error:
@@ -21,8 +26,12 @@ def run(main: Callable[[], None]) -> None:
         if raised_in != Path(__file__).resolve().parent:
             raise
         sys.exit(f"error: {error}")
+    except Interrupted as interrupted:
+        print(interrupted.line, file=sys.stderr)
+        sys.exit(128 + interrupted.number)
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def prepare_torch(runtime: Runtime):

@@ -80,6 +80,7 @@ def open_run(
     run_name: str | None,
     journal: Path,
     system_metrics_seconds: float | None = 10.0,
+    same_run: bool = False,
 ) -> Tracker:
     """Starts a run, or goes on in one, and returns at once, whether MLflow answers or not.
 
@@ -87,6 +88,7 @@ def open_run(
     with a warning. None: the journal's own run, unless that one FINISHED (so that a killed training goes on
     in its run), else a new one.
     journal: a file of this training alone that outlives the process, so not in the folder of a DVC temp run.
+    same_run: with run_id None, the journal's own run also where it FINISHED.
     system_metrics_seconds: how often CPU, memory, disk, network and NVIDIA GPUs are sampled; None: never.
     """
     opened = Journal(journal)
@@ -103,6 +105,7 @@ def open_run(
         experiment=experiment,
         run_id=run_id,
         run_name=run_name,
+        same_run=same_run,
         root=str(root),
         uri=without_credentials(tracking_uri(root)),
     )
@@ -125,8 +128,9 @@ class MlflowRun:
         self._client: MlflowClient | None = None
 
     def is_well(self) -> bool:
+        """Whether MLflow takes something small: a store on a full disk can still be read."""
         try:
-            self._client.get_run(self.state["run_id"])
+            self._client.set_tag(self.state["run_id"], "tracking.alive", str(time.time()))
         except Exception:
             return False
         return True
@@ -168,7 +172,8 @@ class MlflowRun:
     def _open(self, entry: dict) -> None:
         self._connect(entry["root"], entry["uri"])
         experiment_id = self._experiment(entry)
-        wanted = entry["run_id"] or (None if self.state.get("finished") else self.state.get("run_id"))
+        anew = self.state.get("finished") and not entry.get("same_run")
+        wanted = entry["run_id"] or (None if anew else self.state.get("run_id"))
         run = self._existing(wanted) if wanted else None
         if wanted and run is None:
             say(f"run {wanted} is no longer in MLflow; a new run takes its place")

@@ -33,16 +33,22 @@ def main() -> None:
     device = prepare_torch(params.runtime)
     import torch
 
+    from stages import leftovers, manifest
     from stages import rag as rag_model
-    from stages.checkpoints import Checkpoints, fingerprint
+    from stages.checkpoints import Checkpoints, describe, digest, fingerprint
     from stages.contexts import TokenStore
     from stages.corpus import read_rows
     from stages.curves import Curves, summary
+<<<<<<< HEAD
     from stages.lora import add_lora
+=======
+    from stages.interrupts import Interrupts
+>>>>>>> main
     from stages.outside import find
     from stages.recipes import mixed_precision
     from stages.search import load_index
     from stages.signs import training_signs
+    from stages.skips import Skips
     from stages.tracking import environment_tags, open_run, root_folder
     from stages.training import Trainer
 
@@ -66,12 +72,27 @@ def main() -> None:
     examples = {}
     for split in ("train", "validation"):
         rows = read_rows(PREPARED / f"{split}.arrow")
+        if split == "train":
+            question_ids = list(rows["id"])
         examples[split] = rag.examples(list(rows["question"]), [answers[0] for answers in rows["answers"]]).to(device)
 
     root = root_folder()
+<<<<<<< HEAD
     generator_files = [base_generator] if base_generator.exists() else []
     name = fingerprint(settings_of(params), [PREPARED, TOKENS, RETRIEVER / "question_encoder", INDEX, *generator_files])
     checkpoints = Checkpoints(root / ".checkpoints" / name, params.train.save_total_limit)
+=======
+    generator_files = [base_generator] if base_generator.is_dir() else []
+    description = describe(
+        settings_of(params), [PREPARED, TOKENS, RETRIEVER / "question_encoder", INDEX, *generator_files]
+    )
+    name = fingerprint(description)
+    lock = leftovers.lock(root, name)
+    for line in leftovers.lines(root, name, description):
+        print(line)
+    checkpoints = Checkpoints(root / leftovers.FOLDER / name, params.train.save_total_limit, description)
+    journal = root / ".tracking" / f"train-{name}.jsonl"
+>>>>>>> main
     trainer = Trainer(
         rag,
         params.recipe,
@@ -79,11 +100,13 @@ def main() -> None:
         mixed_precision(params.recipe.precision, device),
         params.train.seed,
         checkpoints,
+        Skips(params.train.max_skipped_steps, question_ids, journal.with_name(f"skipped-{name}.json")),
+        keep_threads=bool(params.runtime.threads),
     )
 
     tracker = open_run(
-        root, params.tracking.experiment, None, f"{params.train.recipe}-{name[:6]}",
-        root / ".tracking" / f"train-{name}.jsonl", params.tracking.system_metrics_seconds or None,
+        root, params.tracking.experiment, None, f"{params.train.recipe}-{name[:6]}", journal,
+        params.tracking.system_metrics_seconds or None, same_run=checkpoints.is_finished(),
     )  # fmt: skip
     curves = Curves(tracker, root / "tensorboard" / name if params.recipe.tensorboard else None)
     with tracker:
@@ -91,9 +114,12 @@ def main() -> None:
         tracker.log_params(settings_of(params))
         for split in ("passages", "train", "validation"):
             file = PREPARED / f"{split}.arrow"
-            tracker.log_dataset(split, fingerprint({}, [file]), str(file), split, {"rows": len(read_rows(file))})
+            tracker.log_dataset(split, digest(file), str(file), split, {"rows": len(read_rows(file))})
 
-        trainer.run(examples["train"], examples["validation"], curves.point)
+        with Interrupts() as interrupts:
+            trainer.run(examples["train"], examples["validation"], curves.point, interrupts.asked)
+        if trainer.progress.halvings:
+            tracker.set_tags({"out_of_memory": ", ".join(trainer.progress.halvings)})
 
         metrics = summary(trainer.progress, params.train, params.recipe.checkpoints == "best")
         rag_model.save_rag(rag, MODEL, params.recipe.marginalization)
@@ -106,13 +132,14 @@ def main() -> None:
         tracker.log_text(verdicts.text, "signs-train.txt")
         tracker.flush()
 
-    MODEL.joinpath("run.json").write_text(
-        json.dumps({"run_id": tracker.run_id, "experiment": params.tracking.experiment}) + "\n", encoding="utf-8"
-    )
+    run_file = MODEL / "run.json"
+    run_id = {"run_id": tracker.run_id, "experiment": params.tracking.experiment, "fingerprint": name}
+    run_file.write_text(json.dumps(run_id) + "\n", encoding="utf-8")
+    manifest.record(run_file)
     METRICS.parent.mkdir(exist_ok=True)
     METRICS.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     curves.write_csv(trainer.progress.history, CURVES)
-    checkpoints.remove()
+    lock.release()
     print(verdicts.text)
     print(f"validation loss {metrics['val_loss_per_sequence']:.3f} nats a question at step {int(metrics['kept_step'])}")
 

@@ -18,9 +18,12 @@ from tqdm import tqdm
 from stages import checkpoints as checkpointing
 from stages import marginalization
 from stages.checkpoints import Checkpoints
+from stages.interrupts import Interrupted
+from stages.micro_batches import free_memory, halved, in_parts, is_out_of_memory, split
 from stages.params import Recipe, Train
 from stages.rag import Examples, Rag
 from stages.recipes import Update, updates
+from stages.skips import Skips, step_unless
 
 VALIDATION_BATCH = 16
 
@@ -35,6 +38,11 @@ class Progress:
     best_step: int = 0
     best_loss: float = float("inf")
     training_seconds: float = 0.0
+    skipped_steps: int = 0  # their gradient was not finite
+    overflow_steps: int = 0  # the same under fp16's loss scaling, which looks for its scale
+    skipped_in_a_row: int = 0
+    micro_batch: int | None = None  # most questions a forward pass since memory ran out; None: it never did
+    halvings: list[str] = field(default_factory=list)
     history: list[dict] = field(default_factory=list)
 
 
@@ -53,6 +61,20 @@ class Window:
     host_seconds: float = 0.0
     started: float = field(default_factory=time.perf_counter)
 
+    def state(self) -> dict:
+        """The sums, to be given back to `restore`: of this window, or of another process's that goes on with it."""
+        sums = {
+            name: value.detach().clone() if isinstance(value, torch.Tensor) else value
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor | int | float)
+        }
+        return sums | {"started": time.perf_counter() - self.started}
+
+    def restore(self, state: dict, device: torch.device) -> None:
+        for name, value in state.items():
+            setattr(self, name, value.to(device, copy=True) if isinstance(value, torch.Tensor) else value)
+        self.started = time.perf_counter() - state["started"]
+
 
 def validation_loss(rag: Rag, validation: Examples, marginal: str) -> dict[str, float]:
     """Mean NLL of the validation answers, without label smoothing, per sequence and per answer token, in nats.
@@ -66,7 +88,12 @@ def validation_loss(rag: Rag, validation: Examples, marginal: str) -> dict[str, 
     with torch.no_grad():
         for first in range(0, len(validation), VALIDATION_BATCH):
             rows = list(range(first, min(first + VALIDATION_BATCH, len(validation))))
-            total += rag(rag.batch(validation, rows), marginal=measured).nll.double().sum().item()
+            total += sum(
+                in_parts(
+                    rows,
+                    lambda part: rag(rag.batch(validation, part), marginal=measured).nll.double().sum().item(),
+                )
+            )
     rag.train(was_training)
     return {
         "val_loss_per_sequence": total / len(validation),
@@ -108,24 +135,41 @@ class Trainer:
     """One training run of a RAG model under a recipe."""
 
     def __init__(self, rag: Rag, recipe: Recipe, settings: Train, precision: str, seed: int,
-                 checkpoints: Checkpoints | None):  # fmt: skip
+                 checkpoints: Checkpoints | None, skips: Skips | None = None, keep_threads: bool = False):  # fmt: skip
         device = next(rag.parameters()).device
         self.accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
         self.rag, self.recipe, self.settings, self.seed = rag, recipe, settings, seed
         self.checkpoints = checkpoints
         if settings.gradient_checkpointing:
+<<<<<<< HEAD
             rag.generator_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+=======
+            # The generator's alone: a question is short, its encoder keeps little.
+            rag.generator_model.gradient_checkpointing_enable({"use_reentrant": False})
+>>>>>>> main
         self.model, self.optimizer = self.accelerator.prepare(rag, make_optimizer(rag, settings))
         self.schedule = make_schedule(self.optimizer.optimizer, settings)
         self.progress = Progress()
+        self.skips = skips or Skips(settings.max_skipped_steps)
+        self.skips.overflow = self.accelerator.scaler is not None
+        self.keep_threads = keep_threads
 
-    def run(self, training: Examples, validation: Examples, on_point: Callable[[dict], None]) -> None:
+    def run(
+        self, training: Examples, validation: Examples, on_point: Callable[[dict], None],
+        asked_to_stop: Callable[[], int | None] = lambda: None,
+    ) -> None:  # fmt: skip
         """Trains up to `max_steps`; every logged point goes to `on_point` and into `progress.history`.
 
-        Goes on from the latest checkpoint where there is one. Leaves the best weights in the model if the recipe keeps
-        the best, else the last.
+        Goes on from the latest checkpoint where there is one, on a CPU with as many threads as it had: other numbers
+        add up in other orders (`keep_threads` keeps the present number). Leaves the best weights in the model if the
+        recipe keeps the best, else the last. Raises Interrupted behind the first step at which `asked_to_stop` gives a
+        signal's number, with a checkpoint written.
         """
-        resumed = self._resume()  # before its progress is looked at: a checkpoint brings another one
+        if self._restore_finished():
+            print(f"trained already, {self.progress.step} steps: the model is written again")
+            return
+        window = Window()
+        resumed = self._resume(window)  # before its progress is looked at: a checkpoint brings another one
         progress, settings = self.progress, self.settings
         if resumed:
             print(f"resumed at step {progress.step} of {settings.max_steps}")
@@ -136,7 +180,6 @@ class Trainer:
         )
         stream = islice(stream, progress.updates_taken, None)
         bar = tqdm(total=settings.max_steps, initial=progress.step, desc="train", unit=" steps")
-        window = Window()
         self.rag.train()
         while progress.step < settings.max_steps:
             norms = self._step(stream, training, window)
@@ -153,36 +196,94 @@ class Trainer:
                 bar.set_postfix_str(f"val loss {point['val_loss_per_sequence']:.3f}")
             if point:
                 self._point({"step": progress.step, "questions_seen": progress.questions_seen, **point}, on_point)
-            if self.checkpoints and not last and progress.step % settings.save_steps == 0:
+            stop = asked_to_stop()
+            if self.checkpoints and not last and (stop or progress.step % settings.save_steps == 0):
                 pause = time.perf_counter()
-                self._save()
+                self._save(window)
                 window.started += time.perf_counter() - pause
+            if stop and not last:
+                bar.close()
+                self._interrupt(stop)
         bar.close()
-        if self.recipe.checkpoints == "best":
-            best = self.checkpoints.best() if self.checkpoints else None
-            if best is not None:
-                checkpointing.load_weights(self.rag, best)
+        self.skips.settle(progress)
         self.rag.eval()
+        if self.checkpoints:
+            self._finish()
+        if stop := asked_to_stop():
+            self._interrupt(stop)
+
+    def _interrupt(self, number: int) -> None:
+        kept = "the same command goes on from there" if self.checkpoints else "nothing is kept"
+        raise Interrupted(number, f"interrupted at step {self.progress.step} of {self.settings.max_steps}; {kept}")
+
+    def _finish(self) -> None:
+        """Brings back the weights that the recipe keeps, and keeps them until DVC has taken the model."""
+        if self.recipe.checkpoints == "best":
+            checkpointing.load_weights(self.rag, self.checkpoints.best(self.progress.best_step))
+        self.checkpoints.finish(checkpointing.own_weights(self.rag), {"progress": vars(self.progress)})
+
+    def _restore_finished(self) -> bool:
+        found = self.checkpoints.finished() if self.checkpoints else None
+        if found is None:
+            return False
+        weights, state = found
+        checkpointing.load_weights(self.rag, weights)
+        self.progress = Progress(**state["progress"])
+        self.rag.eval()
+        return True
 
     def _step(self, stream: Iterator[Update], training: Examples, window: Window) -> dict[str, torch.Tensor]:
         """Takes updates from the stream until one is applied; returns gradient norms."""
         while True:
             update = next(stream)
-            for rows in update.micro_batches:
-                self._accumulate(training, rows, update.divisor, window)
+            self._accumulate_all(training, update, window)
             self.progress.updates_taken += 1
             self.progress.questions_seen += update.questions
             if update.applied:
                 break
             self.optimizer.zero_grad()
         norms = self._gradient_norms()
-        self.optimizer.step()
+        rows = [row for micro_batch in update.micro_batches for row in micro_batch]
+        self._step_if_finite(rows, norms["gradient_norm"])
         if not self.accelerator.optimizer_step_was_skipped:  # fp16's loss scaling drops steps that overflow
             self.schedule.step()
         self.optimizer.zero_grad()
         self.progress.step += 1
         window.steps += 1
         return norms
+
+    def _accumulate_all(self, training: Examples, update: Update, window: Window) -> None:
+        """The gradients of an update; where memory runs out, anew from zero in forward passes of half the size."""
+        before, random = window.state(), checkpointing.random_state()
+        while True:
+            rows: list[int] = []
+            try:
+                for rows in split(update.micro_batches, self.progress.micro_batch):
+                    self._accumulate(training, rows, update.divisor, window)
+                return
+            except (RuntimeError, MemoryError) as error:
+                if not (self.settings.halve_on_oom and is_out_of_memory(error)):
+                    raise
+                size = halved(len(rows))
+            self.optimizer.zero_grad()
+            free_memory()
+            window.restore(before, self.accelerator.device)
+            checkpointing.set_random_state(random)
+            self._note_halving(len(rows), size)
+
+    def _note_halving(self, failed: int, size: int) -> None:
+        self.progress.micro_batch = size
+        step = self.progress.step + 1
+        self.progress.halvings.append(f"step {step}: {failed} -> {size}")
+        tqdm.write(
+            f"out of memory at step {step} with {failed} questions a forward pass: {size} from here on, the same update "
+            f"in more passes (train.batch_size: {size} saves the attempt)"
+        )
+
+    def _step_if_finite(self, rows: list[int], gradient_norm: torch.Tensor) -> None:
+        bad = ~torch.isfinite(gradient_norm)
+        step_unless(bad, self.optimizer, scaled=self.accelerator.scaler is not None)
+        self.skips.note(self.progress.step + 1, rows, bad, self.progress)
 
     def _accumulate(self, training: Examples, rows: list[int], divisor: int, window: Window) -> None:
         before = time.perf_counter()
@@ -213,7 +314,11 @@ class Trainer:
         return {"gradient_norm": of_all, "question_encoder_gradient_norm": of_encoder}
 
     def _summary(self, window: Window, norms: dict[str, torch.Tensor]) -> dict[str, float]:
+        self.skips.settle(self.progress)
         values = {
+            "skipped_steps": self.progress.skipped_steps,
+            "overflow_steps": self.progress.overflow_steps,
+            "micro_batch": self.progress.micro_batch or self.settings.batch_size,
             "train_loss_per_sequence": float(window.nll) / window.questions,
             "train_loss_per_token": float(window.nll) / float(window.target_tokens),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
@@ -238,24 +343,28 @@ class Trainer:
             self.progress.best_loss = losses["val_loss_per_sequence"]
             self.progress.best_step = self.progress.step
             if self.checkpoints and self.recipe.checkpoints == "best":
-                self.checkpoints.save_best(checkpointing.own_weights(self.rag))
+                self.checkpoints.save_best(self.progress.step, checkpointing.own_weights(self.rag))
         return losses
 
     def _point(self, point: dict, on_point: Callable[[dict], None]) -> None:
         self.progress.history.append(point)
         on_point(point)
 
-    def _save(self) -> None:
+    def _save(self, window: Window) -> None:
+        self.skips.settle(self.progress)
         state = {
             "progress": vars(self.progress),
+            "window": window.state(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
             "random": checkpointing.random_state(),
+            "threads": torch.get_num_threads(),
         }
-        self.checkpoints.save(self.progress.step, checkpointing.own_weights(self.rag), state)
+        best = self.progress.best_step if self.recipe.checkpoints == "best" else None
+        self.checkpoints.save(self.progress.step, checkpointing.own_weights(self.rag), state, best)
 
-    def _resume(self) -> bool:
+    def _resume(self, window: Window) -> bool:
         found = self.checkpoints.latest() if self.checkpoints else None
         if found is None:
             return False
@@ -266,5 +375,8 @@ class Trainer:
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         checkpointing.set_random_state(state["random"])
+        window.restore(state["window"], self.accelerator.device)
         self.progress = Progress(**state["progress"])
+        if self.accelerator.device.type == "cpu":
+            checkpointing.restore_threads(state["threads"], self.keep_threads)
         return True

@@ -539,3 +539,87 @@ def test_a_server_that_goes_and_comes_back(root, server, monkeypatch, capsys):
     steps = [step for step, _ in values(client, tracker.run_id, "system/cpu_utilization_percentage")]
     assert steps == list(range(len(steps))) and len(steps) > 4
     assert "answers again" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_server_that_hangs_holds_up_nothing_and_gets_everything_once(root, server, monkeypatch, capsys):
+    """SIGSTOP: connections are taken and never answered."""
+    port = free_port()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    process = server(port)
+    tracker = start(root)
+    tracker.log_metrics({"loss": 0.0}, 0)
+    assert tracker.flush(60)
+    os.killpg(process.pid, signal.SIGSTOP)
+    try:
+        for step in range(1, 200):
+            tracker.log_metrics({"loss": float(step)}, step)
+        logged = len((root / "journal.jsonl").read_text().splitlines())
+        tracker.close(timeout=3)
+    finally:
+        os.killpg(process.pid, signal.SIGCONT)
+    assert logged == 201  # all in the journal before any answer came
+    assert "python -m stages.tracking" in capsys.readouterr().err
+    for _ in range(100):  # the sending thread of a process that would have ended by now
+        if not tracker._thread.is_alive():
+            break
+        time.sleep(0.2)
+    assert tracking.main([str(root / "journal.jsonl")]) == 0
+    client = tracking.MlflowClient(f"http://127.0.0.1:{port}")
+    assert values(client, tracker.run_id, "loss") == [(step, float(step)) for step in range(200)]
+    assert client.get_run(tracker.run_id).info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_a_store_that_can_be_read_but_not_written_loses_no_record(root):
+    """Another connection's write lock does what a full or read-only disk does: reads answer, writes fail."""
+    import sqlite3
+
+    tracker = start(root)
+    assert tracker.flush(30)
+    other = sqlite3.connect(root / "mlflow.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    assert not tracker._run.is_well()
+    tracker.log_metrics({"loss": 1.0}, 1)
+    tracker.log_metrics({"loss": 2.0}, 2)
+    assert not tracker.flush(8)
+    other.execute("ROLLBACK")
+    other.close()
+    assert tracker.flush(60) and tracker._run.is_well()
+    tracker.close()
+    assert values(local_client(root), tracker.run_id, "loss") == [(1, 1.0), (2, 2.0)]
+
+
+@pytest.mark.timeout(60)
+def test_what_is_evaluated_while_mlflow_is_away_joins_the_trainings_run(root, monkeypatch):
+    """The training ended without an answer, so nobody knows its id: its journal is what the evaluation goes on with."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    tracker = start(root)
+    tracker.log_metrics({"loss": 1.0}, 1)
+    tracker.close(timeout=3)
+    evaluation = tracking.open_run(root, EXPERIMENT, None, None, root / "journal.jsonl", None, same_run=True)
+    evaluation.log_metrics({"test_em": 40.0})
+    evaluation.close(timeout=3)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    assert tracking.main([str(root / "journal.jsonl")]) == 0
+    (run,) = runs(local_client(root))
+    assert run.data.metrics == {"loss": 1.0, "test_em": 40.0} and run.info.status == "FINISHED"
+
+
+def test_a_resumed_training_sends_no_point_twice(root):
+    from stages.curves import Curves
+
+    with pytest.raises(KeyboardInterrupt), start(root) as tracker:
+        curves = Curves(tracker, None)
+        for step in (0, 2, 4):
+            curves.point({"step": step, "loss": float(step)})
+        raise KeyboardInterrupt
+    with start(root) as tracker:
+        curves = Curves(tracker, None)
+        for step in (2, 4, 6):  # from a checkpoint of step 1
+            curves.point({"step": step, "loss": float(step)})
+    assert values(local_client(root), tracker.run_id, "loss") == [(0, 0.0), (2, 2.0), (4, 4.0), (6, 6.0)]
+    with start(root) as another:  # that one finished: the next is a run of its own
+        Curves(another, None).point({"step": 2, "loss": 9.0})
+    assert another.run_id != tracker.run_id
+    assert values(local_client(root), another.run_id, "loss") == [(2, 9.0)]

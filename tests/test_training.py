@@ -1,6 +1,7 @@
 """The loop: equal updates however a step is cut up, the old recipe's defects one by one, kills that cost nothing."""
 
 import copy
+import signal
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from stages import recipes
 from stages.checkpoints import Checkpoints
+from stages.interrupts import Interrupted
 from stages.training import Trainer, validation_loss
 
 
@@ -42,6 +44,16 @@ def sgd(monkeypatch):
         "stages.training.make_optimizer",
         lambda rag, settings: torch.optim.SGD(rag.parameters(), lr=settings.learning_rate),
     )
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(sgd):
+    plain = run(gradient_checkpointing=False, **SGD_STEP)
+    recomputed = run(gradient_checkpointing=True, **SGD_STEP)
+    layers = recomputed.rag.generator_model.model
+    assert layers.encoder.gradient_checkpointing and layers.decoder.gradient_checkpointing
+    assert_same_weights(plain, recomputed, 1e-6)
+    start = tiny_rag().state_dict()
+    assert any((value - start[name]).abs().max() > 1e-5 for name, value in weights(recomputed).items())
 
 
 # Nine questions: a step of 8 and, at the epoch's end, one of a single question.
@@ -167,3 +179,58 @@ def test_killed_and_resumed_equals_never_killed(tmp_path, recipe, killed_at):
 
     assert losses(resumed) == losses(whole)
     assert [point["step"] for point in resumed.progress.history] == list(range(7))
+
+
+def untimed(trainer):
+    timings = ("second", "host_wait", "mfu")
+    return [
+        {name: value for name, value in point.items() if not any(part in name for part in timings)}
+        for point in trainer.progress.history
+    ]
+
+
+@pytest.mark.parametrize("asked_at", [1, 3, 6])
+def test_asked_to_stop_it_ends_with_a_checkpoint_and_goes_on_to_the_same_curve(tmp_path, asked_at):
+    """Checkpoints fall between logged points: the sums since the last one must come back too."""
+    settings = {"max_steps": 6, "save_steps": 4, "logging_steps": 3, "eval_steps": 5}
+    whole = run(NEW, tmp_path / "whole", **settings)
+    rag = tiny_rag()
+    stopped = Trainer(rag, NEW, SETTINGS.model_copy(update=settings), "no", 7, Checkpoints(tmp_path / "stopped", 2))
+    examples = rag.examples(QUESTIONS, ANSWERS)
+    with pytest.raises(Interrupted, match=f"step {asked_at} of 6") as caught:
+        stopped.run(
+            examples, examples, lambda point: None,
+            lambda: signal.SIGTERM if stopped.progress.step == asked_at else None,
+        )  # fmt: skip
+    assert caught.value.number == signal.SIGTERM
+    resumed = run(NEW, tmp_path / "stopped", **settings)
+    assert resumed.progress.step == 6
+    assert_same_weights(whole, resumed, 0)
+    assert untimed(resumed) == untimed(whole)
+
+
+def test_a_finished_training_is_not_trained_again(tmp_path):
+    first = run(NEW, tmp_path)
+    points = []
+    again = run(NEW, tmp_path, points.append)
+    assert points == [] and again.progress == first.progress and not again.rag.training
+    assert_same_weights(first, again, 0)
+
+
+def test_a_resumed_run_computes_with_the_threads_that_it_began_with(tmp_path, capsys, monkeypatch):
+    """Two threads on a machine whose cores are busy are slow, so torch only says that it has them."""
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+
+    def kill(point):
+        if point["step"] == 2:
+            raise Killed
+
+    with monkeypatch.context() as two:
+        two.setattr(torch, "get_num_threads", lambda: 2)
+        with pytest.raises(Killed):
+            run(NEW, tmp_path, kill)
+    given = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    run(NEW, tmp_path)
+    assert given == [2] and "2 threads, as before" in capsys.readouterr().out
