@@ -26,12 +26,9 @@ from transformers import (
 )
 
 from stages.contexts import TokenStore
-<<<<<<< HEAD
-from stages.sentence_layout import SentenceLayout, read_layout, write_layout
-=======
 from stages.packed_bert import PackedBert
 from stages.packing import Packing
->>>>>>> main
+from stages.sentence_layout import SentenceLayout, read_layout, write_layout
 
 ARCHITECTURES = {"DPRQuestionEncoder": DPRQuestionEncoder, "DPRContextEncoder": DPRContextEncoder}
 # The two classes differ in the name of the one module that holds all weights.
@@ -72,7 +69,7 @@ class Encoder:
         else:
             inside = mask[..., None]
             vectors = (output.last_hidden_state.float() * inside).sum(1) / inside.sum(1)
-        return torch.nn.functional.normalize(vectors.float(), dim=-1) if self.normalize else vectors
+        return self._scaled(vectors)
 
     def question_rows(self, questions: list[str], limit: int) -> list[list[int]]:
         """Token ids of questions with special tokens, cut to `limit` and to what the model can take."""
@@ -106,10 +103,10 @@ class Encoder:
     def vectors(self, store: TokenStore, batch_tokens: int, device: torch.device, progress: str = "") -> Iterator:
         """Vectors of every row of `store`, in order: (first row, fp32 array [rows, dimension]) a sorting window.
 
-        A batch holds at most `batch_tokens` tokens, none of them padding. Rows are sorted by length within a window of
-        SORTING_WINDOW, so that those of a batch are alike.
+        A batch holds at most `batch_tokens` tokens besides padding, of which DPR has none. Rows are sorted by length
+        within a window of SORTING_WINDOW, so that those of a batch are alike.
         """
-        packed = PackedBert(getattr(self.model, ROOTS[type(self.model)].rstrip(".")))
+        packed = PackedBert(getattr(self.model, ROOTS[type(self.model)].rstrip("."))) if self.pooling == "dpr" else None
         lengths = store.offsets[1:] - store.offsets[:-1]
         bar = tqdm(total=len(store), desc=progress, unit=" rows", disable=not progress)
         for first in range(0, len(store), SORTING_WINDOW):
@@ -130,15 +127,20 @@ class Encoder:
                 packing = Packing.of_lengths(some, int(known.sum()), int(known[0]))
                 source = begin.repeat_interleave(some, output_size=len(packing.positions)) + packing.positions
                 with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-<<<<<<< HEAD
-                    out[rows] = self.embed(ids, mask).float().cpu().numpy()
-                start += size
-=======
-                    out[rows] = packed.vectors(tokens[source].long(), packing).float()
->>>>>>> main
+                    out[rows] = self._vectors(tokens[source].long(), packing, packed).float()
                 bar.update(len(rows))
             yield first, out.cpu().numpy()
         bar.close()
+
+    def _vectors(self, tokens: Tensor, packing: Packing, packed: PackedBert | None) -> Tensor:
+        """Vectors of packed rows; where no packed model is given, padding is put between them again."""
+        if packed:
+            return self._scaled(packed.vectors(tokens, packing))
+        mask = packing.unpack(torch.ones_like(tokens))
+        return self.embed(packing.unpack(tokens) + (1 - mask) * self.tokenizer.pad_token_id, mask)
+
+    def _scaled(self, vectors: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(vectors.float(), dim=-1) if self.normalize else vectors
 
     def save(self, folder: Path) -> None:
         """A plain DPR folder, or that of sentence-transformers, which says how states become a vector."""
@@ -207,14 +209,17 @@ def load_encoder(
         raise ValueError(f"models.pooling: mean, but '{path_or_name}' is a DPR encoder, which pools by its first state")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path_or_name, trust_remote_code=False, **within)
-        options = {"dtype": torch.float32, "use_safetensors": True, **within}
+        options = {"dtype": torch.float32, **within}
         if is_dpr:
-            model = as_role(ARCHITECTURES[architecture].from_pretrained(path_or_name, **options), as_class)
+            model = ARCHITECTURES[architecture].from_pretrained(path_or_name, use_safetensors=True, **options)
+            model = as_role(model, as_class)
         else:
             # BERT's own pooler is a layer of another task: no weights that never learn.
             if "add_pooling_layer" in inspect.signature(MODEL_MAPPING[type(config)]).parameters:
                 options["add_pooling_layer"] = False
-            model = AutoModel.from_pretrained(path_or_name, trust_remote_code=False, config=config, **options)
+            model = AutoModel.from_pretrained(
+                path_or_name, trust_remote_code=False, use_safetensors=True, config=config, **options
+            )
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{key}: '{path_or_name}' is incomplete: {_one_line(error)}") from None
     if tokenizer.pad_token_id is None:

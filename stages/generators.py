@@ -7,6 +7,7 @@ cache is kept) stays behind these methods. `Generator` lists them.
 """
 
 import copy
+import struct
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from transformers import (
     AutoTokenizer,
     GgufConfig,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -31,6 +33,7 @@ from stages.causal import CHAT_FLAG, causal_from
 from stages.generator_text import passage_tokens as passage_tokens
 from stages.seq2seq import seq2seq_from
 
+AUTO_CLASSES = {"seq2seq": AutoModelForSeq2SeqLM, "causal": AutoModelForCausalLM}
 # Whatever kernels are installed: packed weights cannot be trained.
 UNPACK = {"quantization_config": GgufConfig(dequantize=True)}
 
@@ -90,14 +93,23 @@ def load_generator(path_or_name: str, dtype: torch.dtype = torch.float32, chat_t
     """
     source, gguf = _source(path_or_name)
     config = _from_pretrained(AutoConfig, source, path_or_name, **gguf)
-    family = _family(config, path_or_name)
+    auto_class = AUTO_CLASSES[_family(config, path_or_name)]
     tokenizer = load_tokenizer(path_or_name)
-    auto_class = AutoModelForSeq2SeqLM if family == "seq2seq" else AutoModelForCausalLM
     if gguf:
         model = _unpacked(_from_pretrained(auto_class, source, path_or_name, dtype=dtype, **gguf, **UNPACK))
     else:
         model = _from_pretrained(auto_class, source, path_or_name, config=config, dtype=dtype, use_safetensors=True)
     return generator_from(model.eval(), tokenizer, chat_template)
+
+
+def load_saved_generator(folder: Path) -> Generator:
+    """What training saved, in fp32 and eval mode: weights, prompt and tokenizer exactly as they were."""
+    name = str(folder)
+    auto_class = AUTO_CLASSES[_family(_from_pretrained(AutoConfig, name, name), name)]
+    model = _from_pretrained(auto_class, name, name, dtype=torch.float32, use_safetensors=True)
+    # AutoTokenizer prefers a model type's own rules to those of the file, where the two differ.
+    as_saved = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
+    return generator_from(model.eval(), _from_pretrained(as_saved, name, name))
 
 
 def load_tokenizer(path_or_name: str) -> PreTrainedTokenizerBase:
@@ -172,6 +184,8 @@ def _unpacked(model):
 def _from_pretrained(auto_class, source: str, named: str, **options):
     try:
         return auto_class.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, LookupError, struct.error, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
+        if reason.startswith("Couldn't instantiate the backend tokenizer"):
+            reason = "it has no tokenizer"
         raise ValueError(f"models.generator: {named} cannot be loaded: {reason}") from error

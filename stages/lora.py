@@ -1,10 +1,9 @@
 """Low-rank adapters for a generator (Hu et al. 2021, arXiv:2106.09685) through peft: W + (alpha / rank) B A, W frozen.
 
-Training sees the adapters as ordinary weights. What is saved is the merged model, which loads without peft.
+Training sees the adapters as ordinary weights. At its end they are merged into the model, which then loads without peft.
 """
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stages.params import Lora
 
@@ -28,17 +27,10 @@ def add_lora(model: nn.Module, settings: Lora) -> None:
         raise ValueError(f"models.lora.target_modules: no adapters for a {model.config.model_type}: {reason}") from None
 
 
-@torch.no_grad()
-def merged_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state of the model without adapters: W + (alpha / rank) B A under the names that W had before."""
-    layers = {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
-    weights = {}
-    for name, value in model.state_dict().items():
-        layer, _, rest = name.partition(".base_layer.")
-        if layer in layers and rest:
-            for adapter in layers[layer].active_adapters if rest == "weight" else ():
-                value = value + layers[layer].get_delta_weight(adapter).to(value.dtype)
-            weights[f"{layer}.{rest}"] = value
-        elif not any(part.startswith("lora_") for part in name.split(".")):
-            weights[name] = value
-    return weights
+def merge_lora(model: nn.Module) -> None:
+    """Makes a model with adapters a plain one, in place: W becomes W + (alpha / rank) B A. Nothing happens without them."""
+    for name, layer in list(model.named_modules()):
+        if hasattr(layer, "get_delta_weight"):
+            layer.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.get_base_layer())

@@ -104,13 +104,13 @@ class Lora(Section):
 class Models(Section):
     question_encoder: Name
     context_encoder: Name
-    pooling: Literal["auto", "cls", "mean"] = "auto"
-    normalize: Literal["auto"] | bool = "auto"
-    question_prefix: str = ""
-    passage_prefix: str = ""
+    pooling: Literal["auto", "cls", "mean"]
+    normalize: Literal["auto"] | bool
+    question_prefix: str
+    passage_prefix: str
     generator: Name
-    chat_template: bool = False
-    lora: Lora | None = None
+    chat_template: bool
+    lora: Lora | None
 
 
 class Lengths(Section):
@@ -125,7 +125,7 @@ class Retriever(Section):
     steps: Count
     batch_size: Annotated[int, Field(ge=2)]
     learning_rate: Rate
-    score_scale: Annotated[float, Field(gt=0)] = 1.0
+    score_scale: Annotated[float, Field(gt=0)]
 
 
 class Index(Section):
@@ -152,13 +152,9 @@ class Train(Section):
     eval_steps: Positive
     save_steps: Positive
     save_total_limit: Positive
-<<<<<<< HEAD
-    gradient_checkpointing: bool = False
-=======
     gradient_checkpointing: bool
     halve_on_oom: bool
     max_skipped_steps: Positive
->>>>>>> main
 
 
 class Recipe(Section):

@@ -23,8 +23,8 @@ from transformers import (
 from stages import manifest, marginalization
 from stages.contexts import TokenStore, assemble_contexts
 from stages.encoders import Encoder, load_encoder, padded_rows
-from stages.generators import Generator, generator_from, load_generator
-from stages.lora import merged_weights
+from stages.generators import Generator, generator_from, load_generator, load_saved_generator
+from stages.lora import merge_lora
 from stages.params import Lengths
 from stages.search import PassageIndex, doc_scores
 
@@ -194,15 +194,15 @@ def save_rag(rag: Rag, folder: Path, marginal: str) -> None:
     """Writes the checkpoint, all of it safetensors and each part loadable by `from_pretrained`.
 
     A DPR question encoder with a sequence-to-sequence generator: transformers' RAG layout (config, weights and both
-    tokenizers in one folder). Anything else: question_encoder/ (see Encoder.save) and generator/. LoRA adapters are
-    merged into the generator's weights.
+    tokenizers in one folder). Anything else: question_encoder/ (see Encoder.save) and generator/. LoRA adapters become
+    part of the generator's weights, in `rag` too.
     """
+    merge_lora(rag.generator_model)
     if fits_transformers(rag):
         _save_transformers_rag(rag, folder, marginal)
     else:
         rag.encoder.save(folder / "question_encoder")
-        model = rag.generator.model
-        model.save_pretrained(folder / "generator", state_dict=merged_weights(model))
+        rag.generator_model.save_pretrained(folder / "generator")
         rag.generator.tokenizer.save_pretrained(folder / "generator")
     manifest.record_folder(folder)
 
@@ -223,7 +223,7 @@ def _save_transformers_rag(rag: Rag, folder: Path, marginal: str) -> None:
         decoder_start_token_id=generator.decoder_prefix[-1],
     )  # fmt: skip
     model = CLASSES[marginal](config=config, question_encoder=rag.question_encoder, generator=generator.model)
-    model.save_pretrained(folder, state_dict=merged_weights(model))
+    model.save_pretrained(folder)
     RagTokenizer(rag.encoder.tokenizer, generator.tokenizer).save_pretrained(folder)
 
 
@@ -235,7 +235,7 @@ def load_rag_parts(folder: Path) -> tuple[Encoder, Generator]:
     manifest.check(folder, None, "run `dvc repro --force train`")
     if in_parts:
         encoder = load_encoder(str(folder / "question_encoder"), "models.question_encoder", DPRQuestionEncoder)
-        return encoder, load_generator(str(folder / "generator"))
+        return encoder, load_saved_generator(folder / "generator")
     try:
         model = RagSequenceForGeneration.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
         encoder_tokenizer = AutoTokenizer.from_pretrained(

@@ -39,11 +39,8 @@ def main() -> None:
     from stages.contexts import TokenStore
     from stages.corpus import read_rows
     from stages.curves import Curves, summary
-<<<<<<< HEAD
-    from stages.lora import add_lora
-=======
     from stages.interrupts import Interrupts
->>>>>>> main
+    from stages.lora import add_lora
     from stages.outside import find
     from stages.recipes import mixed_precision
     from stages.search import load_index
@@ -77,12 +74,7 @@ def main() -> None:
         examples[split] = rag.examples(list(rows["question"]), [answers[0] for answers in rows["answers"]]).to(device)
 
     root = root_folder()
-<<<<<<< HEAD
     generator_files = [base_generator] if base_generator.exists() else []
-    name = fingerprint(settings_of(params), [PREPARED, TOKENS, RETRIEVER / "question_encoder", INDEX, *generator_files])
-    checkpoints = Checkpoints(root / ".checkpoints" / name, params.train.save_total_limit)
-=======
-    generator_files = [base_generator] if base_generator.is_dir() else []
     description = describe(
         settings_of(params), [PREPARED, TOKENS, RETRIEVER / "question_encoder", INDEX, *generator_files]
     )
@@ -92,7 +84,6 @@ def main() -> None:
         print(line)
     checkpoints = Checkpoints(root / leftovers.FOLDER / name, params.train.save_total_limit, description)
     journal = root / ".tracking" / f"train-{name}.jsonl"
->>>>>>> main
     trainer = Trainer(
         rag,
         params.recipe,

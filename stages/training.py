@@ -141,12 +141,8 @@ class Trainer:
         self.rag, self.recipe, self.settings, self.seed = rag, recipe, settings, seed
         self.checkpoints = checkpoints
         if settings.gradient_checkpointing:
-<<<<<<< HEAD
-            rag.generator_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-=======
             # The generator's alone: a question is short, its encoder keeps little.
             rag.generator_model.gradient_checkpointing_enable({"use_reentrant": False})
->>>>>>> main
         self.model, self.optimizer = self.accelerator.prepare(rag, make_optimizer(rag, settings))
         self.schedule = make_schedule(self.optimizer.optimizer, settings)
         self.progress = Progress()
