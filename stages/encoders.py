@@ -61,7 +61,10 @@ class Encoder:
 
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Vectors [R, dimension] of token ids [R, L]; `mask` [R, L] is 0 at padding."""
-        output = self.model(ids, attention_mask=mask)
+        return self.pooled(self.model(ids, attention_mask=mask), mask)
+
+    def pooled(self, output: Any, mask: Tensor) -> Tensor:
+        """Vectors [R, dimension] of what the model gave for tokens [R, L]."""
         if self.pooling == "dpr":
             vectors = output.pooler_output
         elif self.pooling == "cls":

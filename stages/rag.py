@@ -131,7 +131,8 @@ class Rag(nn.Module):
 
     def encode_questions(self, batch: RagBatch) -> Tensor:
         """Question vectors [B, d]."""
-        return self.encoder.embed(batch.question_ids, batch.question_mask)
+        output = self.question_encoder(batch.question_ids, attention_mask=batch.question_mask)
+        return self.encoder.pooled(output, batch.question_mask)
 
     def forward(
         self, batch: RagBatch, *, marginal: str, retriever_gradient: str = "exact", label_smoothing: float = 0.0
