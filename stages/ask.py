@@ -31,9 +31,7 @@ def main() -> None:
     from stages.evaluation import answer, passages_of, retrieve
     from stages.rag import load_rag_parts, open_rag_on
 
-    rag = open_rag_on(
-        load_rag_parts(MODEL), INDEX, TOKENS, params.index, params.retriever.n_docs, params.lengths, device
-    )
+    rag = open_rag_on(load_rag_parts(MODEL), INDEX, TOKENS, params, device)
     rag.eval()
     passages = read_rows(PREPARED / "passages.arrow")
 

@@ -8,11 +8,12 @@ Scores are plain sums of log-probabilities: there is no length penalty.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import LongTensor, Tensor
 
-from stages.generators import DecoderState, Generator
+from stages.generators import Generator
 
 # Most logits to hold at once while candidates are rescored: 2**27 are 0.5 GB in fp32.
 LOGITS_AT_ONCE = 2**27
@@ -110,7 +111,7 @@ def generate(
 
 def _beam_search(
     generator: Generator,
-    state: DecoderState,
+    state: Any,
     first: Tensor,
     log_prior: Tensor,
     num_beams: int,
@@ -196,7 +197,7 @@ def _beam_search(
 
 
 def _complete(
-    generator: Generator, state: DecoderState, first: Tensor, log_likelihoods: list[dict], priors: list[list[float]]
+    generator: Generator, state: Any, first: Tensor, log_likelihoods: list[dict], priors: list[list[float]]
 ) -> None:
     """Fills in, for B questions, log p(y|x,z) (None: not known yet) of every candidate that can have the best marginal.
 
@@ -234,7 +235,7 @@ def _complete(
 
 
 def _score(
-    generator: Generator, state: DecoderState, first: Tensor, rows: list[int], answers: list[tuple[int, ...]]
+    generator: Generator, state: Any, first: Tensor, rows: list[int], answers: list[tuple[int, ...]]
 ) -> list[float]:
     """log p(y|x,z) of answers (tokens with EOS, shortest first) under the contexts `rows`.
 

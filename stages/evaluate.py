@@ -32,7 +32,7 @@ def main() -> None:
     root = root_folder()
     trained = json.loads((MODEL / "run.json").read_text(encoding="utf-8"))
     drop_finished(root, trained["fingerprint"])
-    rag = open_rag_on(parts, INDEX, TOKENS, params.index, params.retriever.n_docs, params.lengths, device)
+    rag = open_rag_on(parts, INDEX, TOKENS, params, device)
     passages = read_rows(PREPARED / "passages.arrow")
     questions = read_rows(PREPARED / f"{settings.split}.arrow")
     if settings.num_samples:

@@ -1,227 +1,191 @@
-"""Generators: sequence-to-sequence language models behind one small interface.
+"""Generators: language models that read a context and write an answer, behind one small interface.
 
-Training needs `encode` and `logits`; decoding needs `encode`, `start`, `step`, `advance`, `reorder`, `fork`;
-whoever assembles contexts needs the token layout. What differs between model families (what the decoder
-starts from, which special tokens frame a context, how a cache is kept) stays behind these methods.
+Two families: sequence-to-sequence models (seq2seq.py) and decoder-only ones (causal.py). Training needs `encode` and
+`logits`; decoding needs `encode`, `start`, `step`, `advance`, `reorder`, `fork`; whoever assembles contexts needs the
+token layout. What differs between the families (what special tokens frame a context, where the answer begins, how a
+cache is kept) stays behind these methods. `Generator` lists them.
 """
 
 import copy
-from dataclasses import dataclass
+import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from torch import BoolTensor, LongTensor, Tensor
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, EncoderDecoderCache, PreTrainedTokenizerBase
-from transformers.modeling_outputs import BaseModelOutput
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
-FAMILIES = ("bart", "t5", "mt5", "longt5")  # umt5: its cache and its forward disagree in transformers 5.17
+from stages import seq2seq
+from stages.causal import CHAT_FLAG, causal_from
+from stages.generator_text import passage_tokens as passage_tokens
+from stages.seq2seq import seq2seq_from
 
-
-@dataclass
-class Contexts:
-    """R encoded contexts: `states` [R, L, H] and `mask` [R, L], 1 at real tokens."""
-
-    states: Tensor
-    mask: Tensor
-
-    def repeat(self, times: int) -> "Contexts":
-        """Every row `times` times, copies side by side."""
-        return Contexts(self.states.repeat_interleave(times, 0), self.mask.repeat_interleave(times, 0))
-
-    def select(self, rows: LongTensor) -> "Contexts":
-        """The given rows in the given order; a row may come more than once."""
-        return Contexts(self.states[rows], self.mask[rows])
-
-
-@dataclass
-class DecoderState:
-    """Where R hypotheses stand: their contexts and, once the prefix was fed, the cached keys and values."""
-
-    contexts: Contexts
-    cache: EncoderDecoderCache | None = None
+AUTO_CLASSES = {"seq2seq": AutoModelForSeq2SeqLM, "causal": AutoModelForCausalLM}
+# Whatever kernels are installed: packed weights cannot be trained.
+UNPACK = {"quantization_config": GgufConfig(dequantize=True)}
 
 
-@dataclass
-class Generator:
-    """A transformers sequence-to-sequence model (`.model`, where all weights are) and its tokenizer."""
+class Generator(Protocol):
+    """What training and decoding ask of a generator. R rows, contexts of L tokens, answers of T, V words."""
 
-    model: Any
+    model: Any  # the transformers model, where all weights are
     tokenizer: Any
-    # What the decoder starts from, the same in training, scoring and generating.
-    decoder_prefix: list[int]
     eos_token_id: int
     pad_token_id: int
-    # Special tokens before and after the tokens of a context.
+    # Tokens before and after the tokens of a context's passage and question.
     context_prefix: list[int]
     context_suffix: list[int]
-    # Positions of the longest context or answer that the model can take; None is no limit.
-    max_positions: int | None
-
-    def passage_tokens(self, titles: list[str], texts: list[str]) -> list[list[int]]:
-        """Token ids of "title / text" (see the function of this name)."""
-        return passage_tokens(self.tokenizer, titles, texts)
+    max_positions: int | None  # None is no limit
 
     def question_tokens(self, questions: list[str]) -> list[list[int]]:
-        """Token ids of " // question" without special tokens: they follow the passage's."""
-        return self._tokens([f" // {question}" for question in questions])
+        """Token ids of questions as they follow a passage, without special tokens."""
 
     def answer_tokens(self, answers: list[str], max_answer_tokens: int) -> tuple[LongTensor, BoolTensor]:
-        """Targets [B, T] and their mask [B, T], True at an answer and its EOS; T <= max_answer_tokens.
-
-        A long answer loses its end, never its EOS.
-        """
-        assert answers and max_answer_tokens >= 1
-        rows = [ids[: max_answer_tokens - 1] + [self.eos_token_id] for ids in self._tokens(answers)]
-        targets = torch.full((len(rows), max(map(len, rows))), self.pad_token_id)
-        mask = torch.zeros_like(targets, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            targets[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = True
-        return targets, mask
+        """Targets [B, T], each with its EOS, and their mask."""
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of one answer, without special tokens and surrounding blanks."""
-        text = self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text.strip()
 
-    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Contexts:
-        """Encode contexts [R, L]; `attention_mask` [R, L] is 0 at padding."""
-        encoder = self.model.get_encoder()
-        states = encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return Contexts(states, attention_mask)
+    def positions_needed(self, context_tokens: int, answer_tokens: int) -> int:
+        """Positions that the model must have for contexts and answers of these lengths."""
 
-    def logits(self, contexts: Contexts, targets: Tensor) -> Tensor:
-        """Teacher-forced logits [R, T, V] in the model's dtype; position t predicts `targets[:, t]`.
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        """Contexts [R, L], padded on the right; `attention_mask` is 0 at padding."""
 
-        The decoder reads prefix + targets[:, :-1] without a mask: it is causal, so padding on the right of a
-        target changes no real position. Gradients flow to the weights and to `contexts.states`.
-        """
-        tokens = torch.cat([self._prefix(len(targets), targets.device), targets[:, :-1]], dim=1)
-        logits = self._forward(contexts, tokens, use_cache=False).logits
-        return logits[:, len(self.decoder_prefix) - 1 :]
+    def logits(self, contexts: Any, targets: Tensor) -> Tensor:
+        """Teacher-forced logits [R, T, V] with gradient; position t predicts `targets[:, t]`."""
 
-    def start(self, contexts: Contexts) -> DecoderState:
-        """A state before the prefix."""
-        return DecoderState(contexts)
+    def start(self, contexts: Any) -> Any:
+        """A state before the answer's first token."""
 
-    def step(self, state: DecoderState, tokens: Tensor | None = None) -> Tensor:
-        """Feed `tokens` [R], or nothing but the prefix on the first call; log p of the next, fp32 [R, V]."""
-        assert (tokens is None) == (state.cache is None), "only the first step feeds the prefix"
-        mask = state.contexts.mask
-        fed = self._prefix(len(mask), mask.device) if tokens is None else tokens[:, None]
-        return self.advance(state, fed)[:, -1].float().log_softmax(-1)
+    def step(self, state: Any, tokens: Tensor | None = None) -> Tensor:
+        """Feed `tokens` [R], or nothing on the first call; log p of the next, fp32 [R, V]."""
 
-    def advance(self, state: DecoderState, tokens: Tensor) -> Tensor:
-        """Feed `tokens` [R, n]; the logits [R, n, V] after each of them. The state moves n tokens on."""
-        output = self._forward(state.contexts, tokens, past_key_values=state.cache, use_cache=True)
-        state.cache = output.past_key_values
-        return output.logits
+    def advance(self, state: Any, tokens: Tensor) -> Tensor:
+        """Feed `tokens` [R, n] after the first step; the logits [R, n, V] after each of them."""
 
-    def reorder(self, state: DecoderState, rows: LongTensor) -> None:
-        """Row r goes on from the hypothesis of row `rows[r]`, which must stand on the same context.
+    def reorder(self, state: Any, rows: LongTensor) -> None:
+        """Row r goes on from the hypothesis of row `rows[r]`, which must stand on the same context."""
 
-        So the context's own keys and values, by far the larger part, need not move.
-        """
-        state.cache.self_attention_cache.batch_select_indices(rows)
-
-    def fork(self, state: DecoderState, rows: LongTensor) -> DecoderState:
-        """A new state of the given rows, also repeated ones; the old state stays as it is.
-
-        Keys and values of the contexts are copied, not computed again.
-        """
-
-        def select(cache):
-            # batch_select_indices replaces tensors, it writes into none: shallow copies of layers are enough.
-            cache = copy.copy(cache)
-            cache.layers = [copy.copy(layer) for layer in cache.layers]
-            cache.batch_select_indices(rows)
-            return cache
-
-        own, contexts = state.cache.self_attention_cache, state.cache.cross_attention_cache
-        return DecoderState(state.contexts.select(rows), EncoderDecoderCache(select(own), select(contexts)))
-
-    def _tokens(self, texts: list[str]) -> list[list[int]]:
-        # verbose=False: lengths are cut by the caller, the tokenizer need not warn about them.
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-
-    def _prefix(self, rows: int, device: torch.device) -> Tensor:
-        return torch.tensor([self.decoder_prefix], device=device).expand(rows, -1)
-
-    def _forward(self, contexts: Contexts, tokens: Tensor, **cache):
-        # The whole model, not its decoder and its head: scalings and biases of a family stay the library's.
-        return self.model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=contexts.states),
-            attention_mask=contexts.mask,
-            decoder_input_ids=tokens,
-            **cache,
-        )
+    def fork(self, state: Any, rows: LongTensor) -> Any:
+        """A new state of the given rows, also repeated ones; the old state stays as it is."""
 
 
-def load_generator(path_or_name: str, dtype: torch.dtype = torch.float32) -> Generator:
-    """Load a model and its tokenizer from a folder or a hub name, in eval mode.
+def load_generator(path_or_name: str, dtype: torch.dtype = torch.float32, chat_template: bool = False) -> Generator:
+    """Load a model and its tokenizer from a folder, a hub name or a GGUF file, in eval mode.
 
-    `dtype` is explicit, or a checkpoint stored in half precision would be computed in half precision.
-    ValueError, in one line, for an unsupported model and for missing weights or tokenizer.
+    `dtype` is explicit, or a checkpoint stored in half precision would be computed in half precision. `chat_template`
+    makes a decoder-only model read contexts as a user's message. ValueError, in one line, for an unsupported model and
+    for missing weights or tokenizer.
     """
-    config = _from_pretrained(AutoConfig, path_or_name)
-    _check_family(config)
+    source, gguf = _source(path_or_name)
+    config = _from_pretrained(AutoConfig, source, path_or_name, **gguf)
+    auto_class = AUTO_CLASSES[_family(config, path_or_name)]
     tokenizer = load_tokenizer(path_or_name)
-    model = _from_pretrained(AutoModelForSeq2SeqLM, path_or_name, config=config, dtype=dtype, use_safetensors=True)
-    return generator_from(model, tokenizer)
+    if gguf:
+        model = _unpacked(_from_pretrained(auto_class, source, path_or_name, dtype=dtype, **gguf, **UNPACK))
+    else:
+        model = _from_pretrained(auto_class, source, path_or_name, config=config, dtype=dtype, use_safetensors=True)
+    return generator_from(model.eval(), tokenizer, chat_template)
+
+
+def load_saved_generator(folder: Path) -> Generator:
+    """What training saved, in fp32 and eval mode: weights, prompt and tokenizer exactly as they were."""
+    name = str(folder)
+    auto_class = AUTO_CLASSES[_family(_from_pretrained(AutoConfig, name, name), name)]
+    model = _from_pretrained(auto_class, name, name, dtype=torch.float32, use_safetensors=True)
+    # AutoTokenizer prefers a model type's own rules to those of the file, where the two differ.
+    as_saved = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
+    return generator_from(model.eval(), _from_pretrained(as_saved, name, name))
 
 
 def load_tokenizer(path_or_name: str) -> PreTrainedTokenizerBase:
-    """A generator's tokenizer alone, for tokenizing passages ahead of training. ValueError where there is none."""
-    tokenizer = _from_pretrained(AutoTokenizer, path_or_name)
+    """A generator's tokenizer alone, for tokenizing passages ahead of training. ValueError where there is none.
+
+    That of a GGUF file is the one beside it in its folder, where there is one, else its own.
+    """
+    source, gguf = _source(path_or_name)
+    if gguf and (Path(source) / "tokenizer.json").is_file():
+        gguf = {}
+    tokenizer = _from_pretrained(AutoTokenizer, source, path_or_name, **gguf)
     # transformers 5 makes up a tokenizer of special tokens where there is no vocabulary, without a word.
-    folder, files = Path(path_or_name), sorted(set(tokenizer.vocab_files_names.values()))
-    if folder.is_dir() and files and not any((folder / file).is_file() for file in files):
+    folder, files = Path(source), sorted(set(tokenizer.vocab_files_names.values()))
+    if not gguf and folder.is_dir() and files and not any((folder / file).is_file() for file in files):
         raise ValueError(f"models.generator: {path_or_name} has no tokenizer: none of {', '.join(files)}")
     return tokenizer
 
 
-def passage_tokens(tokenizer: PreTrainedTokenizerBase, titles: list[str], texts: list[str]) -> list[list[int]]:
-    """Token ids of "title / text" without special tokens, the first part of transformers' RAG layout."""
-    joined = [f"{title} / {text}" for title, text in zip(titles, texts, strict=True)]
-    # verbose=False: lengths are cut by the caller, the tokenizer need not warn about them.
-    return tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"] if joined else []
+def generator_from(model, tokenizer, chat_template: bool | None = None) -> Generator:
+    """Wrap a loaded model. ValueError for an unsupported family and for another model's tokenizer.
+
+    `chat_template` None: as the model's configuration says, which a saved checkpoint's does.
+    """
+    family = _family(model.config, model.config.name_or_path or "the model")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > vocabulary:
+        raise ValueError(f"models.generator: {len(tokenizer)} tokens in the tokenizer, {vocabulary} in the model")
+    if family == "causal":
+        chat_template = getattr(model.config, CHAT_FLAG, False) if chat_template is None else chat_template
+        return causal_from(model, tokenizer, chat_template)
+    if chat_template:
+        raise ValueError(f"models.chat_template: true, but {model.config.model_type} is no decoder-only model")
+    return seq2seq_from(model, tokenizer)
 
 
-def generator_from(model, tokenizer) -> Generator:
-    """Wrap a loaded model. ValueError for an unsupported family and for another model's tokenizer."""
-    config = model.config
-    _check_family(config)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        expected, found = getattr(config, name, None), getattr(tokenizer, name)
-        needed = name != "bos_token_id" or config.model_type == "bart"
-        if needed and (expected is None or expected != found):
-            raise ValueError(f"models.generator: {name} is {expected} in the model, {found} in its tokenizer")
-    if len(tokenizer) > config.vocab_size:
+def _family(config, name: str) -> str:
+    """ "seq2seq" or "causal"; ValueError for what is neither."""
+    kind = config.model_type
+    if kind in seq2seq.FAMILIES:
+        return "seq2seq"
+    # BERT and its like can be masked from the left, but are no language models.
+    bidirectional = config.is_encoder_decoder or kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or bidirectional:
+        known = ", ".join(seq2seq.FAMILIES)
         raise ValueError(
-            f"models.generator: {len(tokenizer)} tokens in the tokenizer, {config.vocab_size} in the model"
+            f"models.generator: {name} is of type {kind}; supported are {known} and decoder-only models (Llama, GPT-2, ...)"
         )
-    eos, pad = config.eos_token_id, config.pad_token_id
-    if config.model_type == "bart":
-        # transformers' RAG trains BART from <s> and generates from </s>: here it is <s> everywhere.
-        bos = config.bos_token_id
-        return Generator(model, tokenizer, [bos], eos, pad, [bos], [eos], config.max_position_embeddings)
-    start = getattr(config, "decoder_start_token_id", None)
-    return Generator(model, tokenizer, [pad if start is None else start], eos, pad, [], [eos], None)
+    return "causal"
 
 
-def _check_family(config) -> None:
-    if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"models.generator: {config.name_or_path or 'the model'} is of type {config.model_type}; "
-            f"supported are {', '.join(FAMILIES)}"
-        )
+def _source(path_or_name: str) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` takes: a folder or hub name and, for GGUF (also a folder of one such file), its file."""
+    path = Path(path_or_name)
+    if path.suffix == ".gguf":
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir() and not (path / "config.json").is_file():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) > 1:
+            raise ValueError(f"models.generator: {path_or_name} holds {len(files)} GGUF files; name one of them")
+        if files:
+            return str(path), {"gguf_file": files[0].name}
+    return path_or_name, {}
 
 
-def _from_pretrained(auto_class, path_or_name: str, **options):
+def _unpacked(model):
+    """The same weights in a plain model: what comes from GGUF refuses to be trained and saved."""
+    config = copy.deepcopy(model.config)
+    vars(config).pop("quantization_config", None)
+    return type(model).from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=model.dtype)
+
+
+def _from_pretrained(auto_class, source: str, named: str, **options):
     try:
-        return auto_class.from_pretrained(path_or_name, trust_remote_code=False, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+        return auto_class.from_pretrained(source, trust_remote_code=False, **options)
+    except (OSError, ValueError, ImportError, LookupError, struct.error, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"models.generator: {path_or_name} cannot be loaded: {reason}") from error
+        if reason.startswith("Couldn't instantiate the backend tokenizer"):
+            reason = "it has no tokenizer"
+        raise ValueError(f"models.generator: {named} cannot be loaded: {reason}") from error

@@ -94,10 +94,23 @@ class Data(Section):
         return self
 
 
+class Lora(Section):
+    rank: Positive
+    alpha: Annotated[float, Field(gt=0)]
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    target_modules: Literal["all-linear"] | list[Name] | None
+
+
 class Models(Section):
     question_encoder: Name
     context_encoder: Name
+    pooling: Literal["auto", "cls", "mean"]
+    normalize: Literal["auto"] | bool
+    question_prefix: str
+    passage_prefix: str
     generator: Name
+    chat_template: bool
+    lora: Lora | None
 
 
 class Lengths(Section):
@@ -112,6 +125,7 @@ class Retriever(Section):
     steps: Count
     batch_size: Annotated[int, Field(ge=2)]
     learning_rate: Rate
+    score_scale: Annotated[float, Field(gt=0)]
 
 
 class Index(Section):

@@ -23,8 +23,9 @@ from transformers import (
 from stages import manifest, marginalization
 from stages.contexts import TokenStore, assemble_contexts
 from stages.encoders import Encoder, load_encoder, padded_rows
-from stages.generators import Generator, generator_from, load_generator
-from stages.params import Index, Lengths
+from stages.generators import Generator, generator_from, load_generator, load_saved_generator
+from stages.lora import merge_lora
+from stages.params import Lengths, Params
 from stages.search import PassageIndex, doc_scores, load_index
 
 CLASSES = {"token": RagTokenForGeneration, "sequence": RagSequenceForGeneration, "average": RagSequenceForGeneration}
@@ -73,13 +74,13 @@ class Rag(nn.Module):
     """The two trained models and, beside them, the fixed passages that they retrieve and read."""
 
     def __init__(self, encoder: Encoder, generator: Generator, index: PassageIndex, passages: TokenStore, n_docs: int,
-                 lengths: Lengths):  # fmt: skip
+                 lengths: Lengths, score_scale: float = 1.0):  # fmt: skip
         super().__init__()
         self.question_encoder = encoder.model
         self.generator_model = generator.model
         self.encoder, self.generator = encoder, generator
         self.index, self.passages = index, passages
-        self.n_docs, self.lengths = n_docs, lengths
+        self.n_docs, self.lengths, self.score_scale = n_docs, lengths, score_scale
 
     def examples(self, questions: list[str], answers: list[str]) -> Examples:
         """Tokenizes questions (cut to `lengths.question_tokens`) and their answers."""
@@ -112,7 +113,7 @@ class Rag(nn.Module):
         """The best passages of each question and their scores, with gradient to the questions: [B, K] and [B, K]."""
         rows = self.index.search(question_vectors.detach(), self.n_docs).to(question_vectors.device)
         passages = self.index.gather(rows.to(self.index.vectors.device)).to(question_vectors.device)
-        return rows, doc_scores(question_vectors, passages, rows)
+        return rows, self.score_scale * doc_scores(question_vectors, passages, rows)
 
     def contexts(self, batch: RagBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and mask [B * K, L] of every question with each of its passages `rows` [B, K]."""
@@ -130,7 +131,8 @@ class Rag(nn.Module):
 
     def encode_questions(self, batch: RagBatch) -> Tensor:
         """Question vectors [B, d]."""
-        return self.question_encoder(batch.question_ids, attention_mask=batch.question_mask).pooler_output
+        output = self.question_encoder(batch.question_ids, attention_mask=batch.question_mask)
+        return self.encoder.pooled(output, batch.question_mask)
 
     def forward(
         self, batch: RagBatch, *, marginal: str, retriever_gradient: str = "exact", label_smoothing: float = 0.0
@@ -165,9 +167,11 @@ class Rag(nn.Module):
 
 def open_rag(
     encoder: Encoder, generator: Generator, index: PassageIndex, passages: TokenStore, n_docs: int, lengths: Lengths,
-    device: torch.device,
+    device: torch.device, score_scale: float = 1.0,
 ) -> Rag:  # fmt: skip
-    """Puts the pieces together on `device`; raises ValueError where they do not fit each other."""
+    """Puts the pieces together on `device`; scores are `score_scale` times the inner product.
+
+    Raises ValueError where they do not fit each other."""
     if encoder.dimension != index.vectors.shape[1]:
         raise ValueError(
             f"models.question_encoder: its vectors have {encoder.dimension} dimensions, those of the index "
@@ -177,28 +181,48 @@ def open_rag(
         raise ValueError(
             f"the index holds {len(index.vectors)} passages, data/tokens {len(passages)}; run `dvc repro` to make them agree"
         )
-    if generator.max_positions and generator.max_positions < lengths.context_tokens:
+    needed = generator.positions_needed(lengths.context_tokens, lengths.answer_tokens)
+    if generator.max_positions and generator.max_positions < needed:
         raise ValueError(
-            f"lengths.context_tokens: {lengths.context_tokens}, but the generator reads at most {generator.max_positions}"
-        )
-    if generator.max_positions and generator.max_positions < lengths.answer_tokens + len(generator.decoder_prefix):
-        raise ValueError(
-            f"lengths.answer_tokens: {lengths.answer_tokens}, but the generator writes at most {generator.max_positions}"
+            f"lengths.context_tokens: {lengths.context_tokens} with lengths.answer_tokens {lengths.answer_tokens} takes "
+            f"{needed} positions, but the generator has {generator.max_positions}"
         )
     on_device = passages.to(device) if device.type == "cuda" else passages
-    return Rag(encoder, generator, index.to(device), on_device, n_docs, lengths).to(device)
+    return Rag(encoder, generator, index.to(device), on_device, n_docs, lengths, score_scale).to(device)
 
 
 def open_rag_on(
-    parts: tuple[Encoder, Generator], index: Path, tokens: Path, searching: Index, n_docs: int, lengths: Lengths,
-    device: torch.device,
-) -> Rag:  # fmt: skip
+    parts: tuple[Encoder, Generator], index: Path, tokens: Path, params: Params, device: torch.device
+) -> Rag:
     """`open_rag` of a question encoder and a generator over the index and the tokens in these folders."""
-    return open_rag(*parts, load_index(index, searching), TokenStore.open(tokens), n_docs, lengths, device)
+    searching, retriever = load_index(index, params.index), params.retriever
+    opened = TokenStore.open(tokens)
+    return open_rag(*parts, searching, opened, retriever.n_docs, params.lengths, device, retriever.score_scale)
 
 
 def save_rag(rag: Rag, folder: Path, marginal: str) -> None:
-    """Writes a transformers RAG checkpoint (config, safetensors, both tokenizers) that `from_pretrained` loads."""
+    """Writes the checkpoint, all of it safetensors and each part loadable by `from_pretrained`.
+
+    A DPR question encoder with a sequence-to-sequence generator: transformers' RAG layout (config, weights and both
+    tokenizers in one folder). Anything else: question_encoder/ (see Encoder.save) and generator/. LoRA adapters become
+    part of the generator's weights, in `rag` too.
+    """
+    merge_lora(rag.generator_model)
+    if fits_transformers(rag):
+        _save_transformers_rag(rag, folder, marginal)
+    else:
+        rag.encoder.save(folder / "question_encoder")
+        rag.generator_model.save_pretrained(folder / "generator")
+        rag.generator.tokenizer.save_pretrained(folder / "generator")
+    manifest.record_folder(folder)
+
+
+def fits_transformers(rag: Rag) -> bool:
+    """Whether transformers' RAG classes can hold the two models."""
+    return rag.encoder.is_plain_dpr and rag.generator_model.config.is_encoder_decoder
+
+
+def _save_transformers_rag(rag: Rag, folder: Path, marginal: str) -> None:
     generator = rag.generator
     config = RagConfig.from_question_encoder_generator_configs(
         rag.question_encoder.config, generator.model.config, n_docs=rag.n_docs, title_sep=" / ", doc_sep=" // ",
@@ -211,14 +235,17 @@ def save_rag(rag: Rag, folder: Path, marginal: str) -> None:
     model = CLASSES[marginal](config=config, question_encoder=rag.question_encoder, generator=generator.model)
     model.save_pretrained(folder)
     RagTokenizer(rag.encoder.tokenizer, generator.tokenizer).save_pretrained(folder)
-    manifest.record_folder(folder)
 
 
 def load_rag_parts(folder: Path) -> tuple[Encoder, Generator]:
-    """The question encoder and generator of a RAG checkpoint, in fp32; raises ValueError where it is incomplete."""
-    if not (folder / "config.json").is_file():
+    """The question encoder and generator that `save_rag` wrote, in fp32; raises ValueError where it is incomplete."""
+    in_parts = (folder / "generator" / "config.json").is_file()
+    if not in_parts and not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no trained model; run `dvc repro` (or python -m stages.train) first")
     manifest.check(folder, None, "run `dvc repro --force train`")
+    if in_parts:
+        encoder = load_encoder(str(folder / "question_encoder"), "models.question_encoder", DPRQuestionEncoder)
+        return encoder, load_saved_generator(folder / "generator")
     try:
         model = RagSequenceForGeneration.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
         encoder_tokenizer = AutoTokenizer.from_pretrained(
@@ -234,6 +261,7 @@ def load_rag_parts(folder: Path) -> tuple[Encoder, Generator]:
     return encoder, generator_from(model.rag.generator.eval(), generator_tokenizer)
 
 
-def load_base_parts(question_encoder: str, generator: str) -> tuple[Encoder, Generator]:
+def load_base_parts(question_encoder: str, generator: str, chat_template: bool = False) -> tuple[Encoder, Generator]:
     """The models that training starts from."""
-    return load_encoder(question_encoder, "models.question_encoder", DPRQuestionEncoder), load_generator(generator)
+    encoder = load_encoder(question_encoder, "models.question_encoder", DPRQuestionEncoder)
+    return encoder, load_generator(generator, chat_template=chat_template)

@@ -28,15 +28,20 @@ def main() -> None:
     from stages.warmup import WarmUp
 
     settings, lengths, models = params.retriever, params.lengths, params.models
-    question_encoder = load_encoder(str(find(models.question_encoder)), "models.question_encoder", DPRQuestionEncoder)
-    context_encoder = load_encoder(str(find(models.context_encoder)), "models.context_encoder", DPRContextEncoder)
+    question_encoder, context_encoder = (
+        load_encoder(
+            str(find(getattr(models, part))), f"models.{part}", as_class, models.pooling, models.normalize,
+            (models.question_prefix, models.passage_prefix),
+        )
+        for part, as_class in (("question_encoder", DPRQuestionEncoder), ("context_encoder", DPRContextEncoder))
+    )  # fmt: skip
     if question_encoder.dimension != context_encoder.dimension:
         raise ValueError(
             f"models.context_encoder: its vectors have {context_encoder.dimension} dimensions, those of "
             f"models.question_encoder {question_encoder.dimension}; inner products need the same number"
         )
     torch.manual_seed(params.seed)
-    warm_up = WarmUp(question_encoder, context_encoder, device)
+    warm_up = WarmUp(question_encoder, context_encoder, device, settings.score_scale)
 
     passages = read_rows(PREPARED / "passages.arrow")
     known = {

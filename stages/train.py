@@ -20,9 +20,9 @@ MODEL, METRICS, CURVES = Path("data/model"), Path("metrics/train.json"), Path("m
 def settings_of(params: Params) -> dict:
     """What this stage reads from params.yaml; dvc.yaml lists the same keys."""
     return {
-        "models": {"generator": params.models.generator},
+        "models": params.models.model_dump(include={"generator", "chat_template", "lora"}),
         "lengths": params.lengths.model_dump(),
-        "retriever": {"n_docs": params.retriever.n_docs},
+        "retriever": {"n_docs": params.retriever.n_docs, "score_scale": params.retriever.score_scale},
         "train": params.train.model_dump(),
         "recipe": params.recipe.model_dump(),
     }
@@ -39,6 +39,7 @@ def main() -> None:
     from stages.corpus import read_rows
     from stages.curves import Curves, summary
     from stages.interrupts import Interrupts
+    from stages.lora import add_lora
     from stages.outside import find
     from stages.recipes import mixed_precision
     from stages.signs import training_signs
@@ -47,9 +48,13 @@ def main() -> None:
     from stages.training import Trainer
 
     base_generator = find(params.models.generator)
-    parts = rag_model.load_base_parts(str(RETRIEVER / "question_encoder"), str(base_generator))
+    parts = rag_model.load_base_parts(
+        str(RETRIEVER / "question_encoder"), str(base_generator), params.models.chat_template
+    )
     torch.manual_seed(params.train.seed)
-    rag = rag_model.open_rag_on(parts, INDEX, TOKENS, params.index, params.retriever.n_docs, params.lengths, device)
+    if params.models.lora:
+        add_lora(parts[1].model, params.models.lora)
+    rag = rag_model.open_rag_on(parts, INDEX, TOKENS, params, device)
     rows = {split: read_rows(PREPARED / f"{split}.arrow") for split in ("passages", "train", "validation")}
     examples = {
         split: rag.examples(list(rows[split]["question"]), [answers[0] for answers in rows[split]["answers"]]).to(
@@ -59,7 +64,7 @@ def main() -> None:
     }
 
     root = root_folder()
-    generator_files = [base_generator] if base_generator.is_dir() else []
+    generator_files = [base_generator] if base_generator.exists() else []
     description = describe(
         settings_of(params), [PREPARED, TOKENS, RETRIEVER / "question_encoder", INDEX, *generator_files]
     )

@@ -11,12 +11,14 @@ from stages.encoders import Encoder, padded_rows
 from stages.recipes import epoch_order
 
 
-def in_batch_loss(questions: torch.Tensor, passages: torch.Tensor, gold: torch.Tensor) -> torch.Tensor:
+def in_batch_loss(
+    questions: torch.Tensor, passages: torch.Tensor, gold: torch.Tensor, score_scale: float = 1.0
+) -> torch.Tensor:
     """Mean cross-entropy of each question's own passage among all passages of the batch; vectors [B, d], gold [B].
 
     Two questions about one passage must not push it away from each other: such columns are left out.
     """
-    scores = questions.float() @ passages.float().T
+    scores = score_scale * (questions.float() @ passages.float().T)
     same = gold[:, None] == gold[None, :]
     same.fill_diagonal_(False)
     return F.cross_entropy(scores.masked_fill(same, float("-inf")), torch.arange(len(gold), device=scores.device))
@@ -25,8 +27,11 @@ def in_batch_loss(questions: torch.Tensor, passages: torch.Tensor, gold: torch.T
 class WarmUp:
     """Both encoders in training over a fixed set of tokenized questions and passages."""
 
-    def __init__(self, question_encoder: Encoder, context_encoder: Encoder, device: torch.device):
+    def __init__(
+        self, question_encoder: Encoder, context_encoder: Encoder, device: torch.device, score_scale: float = 1.0
+    ):
         self.question_encoder, self.context_encoder, self.device = question_encoder, context_encoder, device
+        self.score_scale = score_scale
         for encoder in (question_encoder, context_encoder):
             encoder.model.to(device)
 
@@ -38,8 +43,8 @@ class WarmUp:
                 (self.question_encoder, questions, rows), (self.context_encoder, passages, gold)
             ):  # fmt: skip
                 ids, mask = padded_rows(store, wanted, encoder.tokenizer.pad_token_id, self.device)
-                vectors.append(encoder.model(ids, attention_mask=mask).pooler_output)
-        return in_batch_loss(vectors[0], vectors[1], gold.to(self.device))
+                vectors.append(encoder.embed(ids, mask))
+        return in_batch_loss(vectors[0], vectors[1], gold.to(self.device), self.score_scale)
 
     def train(self, questions: TokenStore, passages: TokenStore, positives: torch.Tensor, *, steps: int, batch_size: int,
               learning_rate: float, seed: int) -> float:  # fmt: skip

@@ -63,7 +63,8 @@ def project(tmp_path, monkeypatch):
 
     def write_params(changes: dict | None = None) -> None:
         values = json.loads(json.dumps(SHIPPED))
-        values["models"] = {name: str(ROOT / path) for name, path in values["models"].items()}
+        for part in ("question_encoder", "context_encoder", "generator"):
+            values["models"][part] = str(ROOT / values["models"][part])
         values["data"] |= {"source": "files"}
         values["data"]["files"] |= {"train": "train.jsonl", "passages": "passages.jsonl"}
         for key, value in (changes or {}).items():

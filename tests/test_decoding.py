@@ -10,11 +10,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BartConfig,
     BertConfig,
     BertModel,
     GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
     PreTrainedTokenizerFast,
     RagConfig,
     RagTokenForGeneration,
@@ -26,6 +29,8 @@ from stages.decoding import generate
 from stages.generators import generator_from, load_generator
 
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
+CAUSAL = ("gpt2", "llama")
+FAMILIES = ["bart", "t5", *CAUSAL]
 
 
 def tiny_generator(folder, family, words, spread=0.5):
@@ -36,16 +41,22 @@ def tiny_generator(folder, family, words, spread=0.5):
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder)
-    ids = dict(vocab_size=len(vocab), pad_token_id=PAD, eos_token_id=EOS, d_model=16)
-    if family == "bart":
+    ids = dict(vocab_size=len(vocab), pad_token_id=PAD, eos_token_id=EOS)
+    if family == "gpt2":
+        config = GPT2Config(**ids, bos_token_id=BOS, n_embd=16, n_layer=2, n_head=2, n_positions=32)
+    elif family == "llama":
+        layers = dict(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=32)
+        config = LlamaConfig(**ids, **layers, bos_token_id=BOS, hidden_size=16, max_position_embeddings=32)
+    elif family == "bart":
         heads = dict(encoder_attention_heads=2, decoder_attention_heads=2, forced_eos_token_id=None)
         layers = dict(encoder_layers=2, decoder_layers=2, encoder_ffn_dim=16, decoder_ffn_dim=16)
         start = dict(bos_token_id=BOS, decoder_start_token_id=BOS)
-        config = BartConfig(**ids, **heads, **layers, **start, max_position_embeddings=32)
+        config = BartConfig(**ids, **heads, **layers, **start, d_model=16, max_position_embeddings=32)
     else:
         layers = dict(num_layers=2, num_heads=2, d_kv=8, d_ff=16)
-        config = T5Config(**ids, **layers, decoder_start_token_id=PAD)
-    model = AutoModelForSeq2SeqLM.from_config(config)
+        config = T5Config(**ids, **layers, d_model=16, decoder_start_token_id=PAD)
+    auto_class = AutoModelForCausalLM if family in CAUSAL else AutoModelForSeq2SeqLM
+    model = auto_class.from_config(config)
     torch.manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
@@ -55,7 +66,7 @@ def tiny_generator(folder, family, words, spread=0.5):
     return load_generator(str(folder))
 
 
-@pytest.fixture(params=["bart", "t5"])
+@pytest.fixture(params=FAMILIES)
 def family(request):
     return request.param
 
@@ -65,7 +76,7 @@ def trained(tmp_path_factory):
     """Folders of generators that half learned to copy the first one to three words of a context. Unlike
     random ones they end their answers, and what they say depends on the context and on what they said."""
     folders = {}
-    for family, words in itertools.product(["bart", "t5"], [2, 12]):
+    for family, words in itertools.product(FAMILIES, [2, 12]):
         folder = folders[family, words] = tmp_path_factory.mktemp(family)
         generator = tiny_generator(folder, family, words, spread=0.2)
         optimizer = torch.optim.Adam(generator.model.parameters(), lr=0.01)
@@ -120,16 +131,20 @@ class Reference:
 
     def __init__(self, generator, input_ids, mask):
         self.model = copy.deepcopy(generator.model).double()
-        self.prefix = generator.decoder_prefix
+        self.prefix = generator.decoder_prefix if generator.model.config.is_encoder_decoder else None
         self.contexts = [ids[real.bool()][None] for ids, real in zip(input_ids, mask, strict=True)]
         self.known = {}
 
     @torch.no_grad()
     def read(self, prefixes):
         """Compute what `next_tokens` says to some prefixes of one length, under every passage."""
-        fed = torch.tensor([self.prefix + list(tokens) for tokens in prefixes])
+        fed = torch.tensor([(self.prefix or []) + list(tokens) for tokens in prefixes], dtype=torch.long)
         for doc, context in enumerate(self.contexts):
-            logits = self.model(input_ids=context.expand(len(fed), -1), decoder_input_ids=fed).logits[:, -1]
+            read = context.expand(len(fed), -1)
+            if self.prefix is None:
+                logits = self.model(input_ids=torch.cat([read, fed], dim=1)).logits[:, -1]
+            else:
+                logits = self.model(input_ids=read, decoder_input_ids=fed).logits[:, -1]
             for tokens, log_probs in zip(prefixes, logits.log_softmax(-1).tolist(), strict=True):
                 self.known[doc, tokens] = log_probs
 
@@ -266,16 +281,23 @@ def test_beam_search_rag_token_equals_plain_python(medium, num_beams):
 def test_one_passage_gives_the_generators_own_beam_search(medium, num_beams):
     input_ids, mask, prior = questions(medium, 12, 1)
     ours = run(medium, (input_ids, mask, prior), num_beams, 12)
-    theirs = medium.model.generate(
-        input_ids=input_ids[:, 0],
-        attention_mask=mask[:, 0],
-        generation_config=library_rules(medium, num_beams, max_answer_tokens=12),
-    )
+    if medium.model.config.is_encoder_decoder:
+        rules = library_rules(medium, num_beams, max_answer_tokens=12)
+        theirs = medium.model.generate(input_ids[:, 0], attention_mask=mask[:, 0], generation_config=rules).tolist()
+    else:
+        theirs = []
+        for ids, real in zip(input_ids[:, 0], mask[:, 0].bool(), strict=True):
+            rules = library_rules(medium, num_beams, max_answer_tokens=12, prompt=int(real.sum()))
+            [whole] = medium.model.generate(ids[real][None], generation_config=rules).tolist()
+            theirs.append(whole[int(real.sum()) - 1 :])
     assert compare(ours, theirs, 12) >= 8
 
 
 @pytest.mark.parametrize("num_beams", [1, 4])
-def test_rag_token_equals_transformers(medium, num_beams):
+def test_rag_token_equals_transformers(trained, family, num_beams):
+    if family in CAUSAL:
+        return  # transformers' RAG is for encoder-decoder models alone; enumeration and plain Python stand for it above
+    medium = load_generator(str(trained[family, 12]))
     batch = input_ids, mask, prior = questions(medium, 12, 3)
     ours = run(medium, batch, num_beams, 12, marginalization="token")
     encoder = BertModel(BertConfig(vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1))
@@ -290,18 +312,18 @@ def test_rag_token_equals_transformers(medium, num_beams):
         n_docs=3,
         generation_config=library_rules(medium, num_beams, max_answer_tokens=12),
     )
-    assert compare(ours, theirs, 12) >= 8
+    assert compare(ours, theirs.tolist(), 12) >= 8
 
 
-def library_rules(generator, num_beams, max_answer_tokens):
+def library_rules(generator, num_beams, max_answer_tokens, prompt=1):
     """transformers' generation without its extras: no length penalty, nothing forced, our prefix."""
     return GenerationConfig(
         num_beams=num_beams,
         length_penalty=0.0,
         early_stopping=False,
         do_sample=False,
-        max_length=1 + max_answer_tokens,
-        decoder_start_token_id=generator.decoder_prefix[0],
+        max_length=prompt + max_answer_tokens,
+        decoder_start_token_id=generator.decoder_prefix[0] if generator.model.config.is_encoder_decoder else None,
         bos_token_id=BOS,
         pad_token_id=PAD,
         eos_token_id=EOS,
@@ -311,7 +333,7 @@ def library_rules(generator, num_beams, max_answer_tokens):
 def compare(ours, theirs, max_answer_tokens):
     """Compare what ended by itself in both (at the limit transformers counts no EOS); how many that were."""
     compared = 0
-    for answer, (_, *tokens) in zip(ours, theirs.tolist(), strict=True):
+    for answer, (_, *tokens) in zip(ours, theirs, strict=True):
         if EOS in tokens[: max_answer_tokens - 1] and answer.finished:
             assert answer.token_ids == tokens[: tokens.index(EOS)]
             compared += 1
@@ -335,13 +357,20 @@ def test_a_batch_equals_its_questions_one_at_a_time(medium, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_missing_passage_contributes_nothing(medium, mode):
+def test_a_missing_passage_contributes_nothing(medium, family, mode):
     input_ids, mask, prior = questions(medium, 4, 3)
     # Whatever stands in its place: nothing but padding, and states that are not even numbers.
-    encoder = medium.model.get_encoder()
-    encoder.embed_tokens = copy.deepcopy(encoder.embed_tokens)
-    with torch.no_grad():
-        encoder.embed_tokens.weight[UNK] = math.nan
+    if family in CAUSAL:
+
+        def spoil(_, given, states):  # of prompts, not of answers
+            return states.masked_fill((given[0] == UNK)[..., None], math.nan) if given[0].shape[1] == 7 else states
+
+        medium.model.get_input_embeddings().register_forward_hook(spoil)
+    else:
+        encoder = medium.model.get_encoder()
+        encoder.embed_tokens = copy.deepcopy(encoder.embed_tokens)
+        with torch.no_grad():
+            encoder.embed_tokens.weight[UNK] = math.nan
     input_ids[input_ids == UNK] = UNK + 1
     input_ids[0, 1], mask[0, 1], prior[0, 1] = PAD, 0, -math.inf
     input_ids[1, 0], mask[1, 0], prior[1, 0] = UNK, 1, -math.inf
@@ -386,6 +415,12 @@ def test_rescoring_in_small_chunks_changes_nothing(medium, monkeypatch):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_context_is_encoded_and_projected_once(medium, family, mode):
     encoded, projected = [], []
+    if family in CAUSAL:
+        medium.model.get_input_embeddings().register_forward_hook(lambda *call: encoded.append(call[1][0].shape))
+        run(medium, questions(medium, 4, 3), 3, 6, *mode)
+        assert encoded[0] == (4 * 3, 7), "prompts"
+        assert all(width == 1 for _, width in encoded[1:7]) and all(width < 6 for _, width in encoded[1:]), "answers"
+        return
     decoder = medium.model.get_decoder()
     attention = decoder.layers[0].encoder_attn if family == "bart" else decoder.block[0].layer[1].EncDecAttention
     keys = attention.k_proj if family == "bart" else attention.k

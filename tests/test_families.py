@@ -3,7 +3,14 @@
 import pytest
 import torch
 from tiny_rag import ANSWERS, LENGTHS, NEW, QUESTIONS, SETTINGS, tiny_rag, tokenizer
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    Qwen2Config,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from stages import marginalization
 from stages.decoding import generate
@@ -11,12 +18,29 @@ from stages.generators import generator_from
 from stages.rag import Rag, load_rag_parts, open_rag, save_rag
 from stages.training import Trainer
 
+IDS = dict(vocab_size=8192, bos_token_id=0, pad_token_id=1, eos_token_id=2)
+LLAMA = dict(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=96, **IDS,
+)  # fmt: skip
+CAUSAL = {
+    "gpt2": GPT2Config(
+        n_embd=32, n_layer=1, n_head=4, n_positions=96, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **IDS
+    ),
+    "llama": LlamaConfig(**LLAMA),
+    "qwen2": Qwen2Config(tie_word_embeddings=True, **LLAMA),
+}
+
 
 def rag_of(family: str) -> Rag:
     rag = tiny_rag()
     if family == "bart":
         return rag
     torch.manual_seed(0)
+    if family in CAUSAL:
+        model = AutoModelForCausalLM.from_config(CAUSAL[family]).eval()
+        generator = generator_from(model, tokenizer("generator"))
+        return open_rag(rag.encoder, generator, rag.index, rag.passages, 3, LENGTHS, torch.device("cpu"))
     config = T5Config(
         vocab_size=8192, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_decoder_layers=1, num_heads=2, dropout_rate=0.0,
         pad_token_id=1, eos_token_id=2, decoder_start_token_id=1,
@@ -39,10 +63,11 @@ def answers_of(rag: Rag) -> list[tuple[str, float]]:
     return [(answer.text, answer.log_prob) for answer in found]
 
 
-@pytest.mark.parametrize("family", ["bart", "t5"])
+@pytest.mark.parametrize("family", ["bart", "t5", *CAUSAL])
 def test_a_family_learns_is_saved_and_answers(family, tmp_path):
     rag = rag_of(family)
-    settings = SETTINGS.model_copy(update={"max_steps": 60, "learning_rate": 2e-2, "eval_steps": 60, "batch_size": 9,
+    steps = 120 if family == "qwen2" else 60
+    settings = SETTINGS.model_copy(update={"max_steps": steps, "learning_rate": 2e-2, "eval_steps": 60, "batch_size": 9,
                                            "gradient_accumulation_steps": 1, "logging_steps": 60})  # fmt: skip
     examples = rag.examples(QUESTIONS, ANSWERS)
     trainer = Trainer(rag, NEW, settings, "no", 7, None)

@@ -4,24 +4,36 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BartConfig,
     BertConfig,
     BertModel,
+    GPT2Config,
+    LlamaConfig,
     LongT5Config,
     MT5Config,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     T5Config,
 )
 
-from stages.generators import generator_from, load_generator
+from stages.generators import generator_from, load_generator, passage_tokens
 
 BOS, PAD, EOS = 0, 1, 2
 T5_SIZES = dict(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_decoder_layers=2, num_heads=2)
 BART_SIZES = dict(
     d_model=16, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2
 ) | dict(encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64)
-FAMILIES = {
+LLAMA_SIZES = dict(
+    hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
+) | dict(max_position_embeddings=64, bos_token_id=BOS)
+CAUSAL = {
+    "gpt2": (GPT2Config, dict(n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=BOS)),
+    "llama": (LlamaConfig, LLAMA_SIZES),
+    "qwen2": (Qwen2Config, LLAMA_SIZES | dict(tie_word_embeddings=True)),
+}
+FAMILIES = CAUSAL | {
     "bart": (BartConfig, BART_SIZES | dict(bos_token_id=BOS)),
     "t5": (T5Config, T5_SIZES),
     "t5-v1.1": (T5Config, T5_SIZES | dict(tie_word_embeddings=False, feed_forward_proj="gated-gelu")),
@@ -41,6 +53,7 @@ def bpe_tokenizer():
     sentences = [
         "Paris / Paris is in France. // Where is Paris?",
         "Rome / Rome is in Italy. // Where is Rome?",
+        "user\nassistant\n\nQuestion: \nAnswer: P",
     ]
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     tokenizer.train_from_iterator(sentences, trainers.BpeTrainer(vocab_size=60, special_tokens=special))
@@ -52,19 +65,20 @@ def bpe_tokenizer():
 def tiny_model(family, vocab_size):
     """A random model whose predictions depend strongly on what it read."""
     config_class, sizes = FAMILIES[family]
-    start = EOS if family == "bart" else PAD
-    config = config_class(
-        vocab_size=vocab_size, pad_token_id=PAD, eos_token_id=EOS, decoder_start_token_id=start, **sizes
-    )
-    model = AutoModelForSeq2SeqLM.from_config(config)
+    ids = dict(vocab_size=vocab_size, pad_token_id=PAD, eos_token_id=EOS)
+    if family in CAUSAL:
+        model = AutoModelForCausalLM.from_config(config_class(**ids, **sizes))
+    else:
+        start = EOS if family == "bart" else PAD
+        model = AutoModelForSeq2SeqLM.from_config(config_class(**ids, **sizes, decoder_start_token_id=start))
     torch.manual_seed(7)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
-                weight.normal_(0, 0.3)
+                weight.normal_(0, 0.6 if family in CAUSAL else 0.3)
         if family == "bart":
             model.final_logits_bias.normal_()
-        else:
+        elif family not in CAUSAL:
             model.get_input_embeddings().weight.mul_(10)  # T5 scales its outputs down
     return model
 
@@ -81,6 +95,10 @@ def folder(request, tmp_path_factory):
 @pytest.fixture
 def generator(folder):
     return load_generator(str(folder))
+
+
+def is_causal(generator):
+    return not generator.model.config.is_encoder_decoder
 
 
 def batch(lengths=(9, 4, 6), seed=0):
@@ -100,17 +118,24 @@ def test_weights_stored_in_half_precision_are_loaded_as_float32(folder, generato
 
 
 def test_token_layout_of_a_context(generator):
-    passage, question = "Rome / Rome is in Italy.", " // Where is Rome?"
-    [passage_ids] = generator.passage_tokens(["Rome"], ["Rome is in Italy."])
+    passage, question = "Rome / Rome is in Italy.", "\nQuestion: Where is Rome?"
+    if not is_causal(generator):
+        question = " // Where is Rome?"
+    [passage_ids] = passage_tokens(generator.tokenizer, ["Rome"], ["Rome is in Italy."])
     [question_ids] = generator.question_tokens(["Where is Rome?"])
     whole = generator.tokenizer(passage + question, add_special_tokens=False)["input_ids"]
     assert passage_ids + question_ids == whole
+    assert passage_tokens(generator.tokenizer, [], []) == generator.question_tokens([]) == []
+    if is_causal(generator):
+        assert generator.tokenizer.decode(generator.context_suffix) == "\nAnswer:" and generator.context_prefix == []
+        assert generator.max_positions == 64 and generator.positions_needed(40, 10) == 50
+        return
     assert generator.context_suffix == [EOS]
     is_bart = generator.model.config.model_type == "bart"
     assert generator.context_prefix == ([BOS] if is_bart else [])
     assert generator.decoder_prefix == ([BOS] if is_bart else [PAD])
     assert generator.max_positions == (64 if is_bart else None)
-    assert generator.passage_tokens([], []) == generator.question_tokens([]) == []
+    assert generator.positions_needed(40, 10) == 40 and generator.positions_needed(4, 10) == 11
 
 
 def test_decode_gives_the_text_without_special_tokens(generator):
@@ -121,7 +146,8 @@ def test_decode_gives_the_text_without_special_tokens(generator):
 
 def test_answers_end_with_eos_also_when_cut(generator):
     answers = ["Rome is in Italy.", "", "Rome"]
-    long, _, short = generator.tokenizer(answers, add_special_tokens=False)["input_ids"]
+    written = [" " + answer if answer else "" for answer in answers] if is_causal(generator) else answers
+    long, _, short = generator.tokenizer(written, add_special_tokens=False)["input_ids"]
     targets, mask = generator.answer_tokens(answers, max_answer_tokens=4)
     assert len(long) > 3 and targets.dtype == torch.long and mask.dtype == torch.bool
     assert targets[0].tolist() == long[:3] + [EOS]
@@ -152,6 +178,14 @@ def test_logits_step_and_advance_agree(generator):
 @torch.no_grad()
 def test_logits_are_the_models_own_from_the_same_prefix(generator):
     input_ids, mask, targets = batch()
+    if is_causal(generator):
+        # Row by row without padding: the logits after the prompt and after every token of the answer but the last.
+        ours = generator.logits(generator.encode(input_ids, mask), targets)
+        for row, length in enumerate(mask.sum(1).tolist()):
+            whole = torch.cat([input_ids[row, :length], targets[row, :-1]])[None]
+            expected = generator.model(input_ids=whole).logits[0, length - 1 :]
+            torch.testing.assert_close(ours[row], expected, atol=1e-5, rtol=1e-5)
+        return
     # With labels, the library shifts them itself, starting from decoder_start_token_id.
     generator.model.config.decoder_start_token_id = generator.decoder_prefix[0]
     expected = generator.model(input_ids=input_ids, attention_mask=mask, labels=targets)
@@ -173,6 +207,8 @@ def test_padding_changes_nothing(generator):
     contexts = generator.encode(input_ids.masked_fill(mask == 0, 30), mask)
     padded = torch.cat([targets, torch.full((len(targets), 3), 40)], dim=1)
     torch.testing.assert_close(generator.logits(contexts, padded)[:, :5], together, atol=1e-4, rtol=1e-4)
+    first = together[:, 0].log_softmax(-1)
+    torch.testing.assert_close(generator.step(generator.start(contexts)), first, atol=1e-4, rtol=1e-4)
 
 
 def test_logits_carry_gradients_to_every_weight(generator):
@@ -216,7 +252,7 @@ def test_unsupported_family_is_named(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("family", ["bart", "t5"])
+@pytest.mark.parametrize("family", ["bart", "t5", "llama"])
 def test_missing_tokenizer_weights_or_folder_are_one_line(tmp_path, family):
     tokenizer = bpe_tokenizer()
     model = tiny_model(family, len(tokenizer))
@@ -229,7 +265,7 @@ def test_missing_tokenizer_weights_or_folder_are_one_line(tmp_path, family):
     torch.save(model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
     for name, reason in [
         ("empty", "cannot be loaded"),
-        ("no-tokenizer", "has no tokenizer"),
+        ("no-tokenizer", "no tokenizer"),
         ("no-weights", "cannot be loaded"),
         ("pickled", "cannot be loaded"),
     ]:

@@ -100,7 +100,7 @@ def project(tmp_path, monkeypatch):
         Path(f"models/{name}").mkdir(parents=True)
         Path(f"models/{name}/config.json").write_text("{}")
     values = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    values["models"] = {
+    values["models"] |= {
         "question_encoder": "./models/encoder", "context_encoder": "./models/encoder", "generator": "./models/generator",
     }  # fmt: skip
     values["data"] |= {"source": "files"}

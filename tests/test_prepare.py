@@ -26,7 +26,8 @@ def project(tmp_path, monkeypatch):
 
     def prepared(**changes) -> dict[str, list[dict]]:
         values = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-        values["models"] = {name: str(ROOT / path) for name, path in values["models"].items()}
+        for part in ("question_encoder", "context_encoder", "generator"):
+            values["models"][part] = str(ROOT / values["models"][part])
         for key, value in changes.items():
             values["data"][key] = values["data"][key] | value if isinstance(value, dict) else value
         Path("params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")

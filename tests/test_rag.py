@@ -3,9 +3,10 @@
 import pytest
 import torch
 from tiny_rag import ANSWERS, QUESTIONS, TITLES, tiny_rag
-from transformers import RagSequenceForGeneration, RagTokenForGeneration
+from transformers import BertConfig, BertModel, RagSequenceForGeneration, RagTokenForGeneration
 
-from stages.rag import load_rag_parts, save_rag
+from stages.encoders import Encoder
+from stages.rag import load_rag_parts, open_rag, save_rag
 
 EVERYTHING = list(range(len(QUESTIONS)))
 
@@ -126,3 +127,32 @@ def test_damaged_model_is_named(tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match="damaged"):
         load_rag_parts(tmp_path)
+
+
+def test_the_score_scale_sharpens_the_prior_alone_and_its_gradient_follows():
+    plain, scaled = tiny_rag(), tiny_rag()
+    scaled.score_scale = 3.0
+    batch = plain.batch(plain.examples(QUESTIONS, ANSWERS), EVERYTHING)
+    rows, scores = plain.retrieve(plain.encode_questions(batch))
+    again, tripled = scaled.retrieve(scaled.encode_questions(batch))
+    assert torch.equal(rows, again)
+    torch.testing.assert_close(tripled, 3 * scores)
+    torch.testing.assert_close(scaled(batch, marginal="sequence").log_prior, (3 * scores).log_softmax(-1).detach())
+
+
+def test_a_bert_like_question_encoder_makes_the_checkpoint_two_folders(tmp_path):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=7168, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=48, pad_token_id=1,
+    )  # fmt: skip
+    rag = tiny_rag()
+    encoder = Encoder(BertModel(config, add_pooling_layer=False).eval(), rag.encoder.tokenizer, "mean", True, "q: ")
+    rag = open_rag(encoder, rag.generator, rag.index, rag.passages, 3, rag.lengths, torch.device("cpu"), 20.0)
+    losses(rag).sum().backward()
+    assert all(weight.grad is not None and weight.grad.any() for weight in rag.question_encoder.parameters())
+    save_rag(rag, tmp_path, "sequence")
+    encoder, generator = load_rag_parts(tmp_path)
+    assert (encoder.pooling, encoder.normalize, encoder.question_prefix) == ("mean", True, "q: ")
+    again = open_rag(encoder, generator, rag.index, rag.passages, 3, rag.lengths, torch.device("cpu"), 20.0)
+    assert torch.equal(losses(again), losses(rag))

@@ -19,6 +19,13 @@ def test_loss_is_the_cross_entropy_of_the_own_passage():
     assert in_batch_loss(questions, passages, torch.arange(4)).item() == pytest.approx(expected / 4, rel=1e-5)
 
 
+def test_the_scale_multiplies_the_scores():
+    questions, passages, gold = torch.randn(4, 3), torch.randn(4, 3), torch.arange(4)
+    assert in_batch_loss(questions, passages, gold, 5.0).item() == pytest.approx(
+        in_batch_loss(5 * questions, passages, gold).item(), rel=1e-5
+    )
+
+
 def test_a_passage_that_two_questions_share_is_no_negative():
     questions, passages = torch.randn(3, 5), torch.randn(3, 5)
     passages[2] = passages[0]
