@@ -20,7 +20,9 @@ def repository(tmp_path, monkeypatch):
     subprocess.run(["git", "init", "-q"], check=True)
     subprocess.run(["dvc", "init", "-q"], check=True)
     Path("input").write_text("a stage without one is not in the run cache")
-    Path("dvc.yaml").write_text("stages:\n  a:\n    cmd: echo ran >> runs; echo 1 > x\n    deps: [input]\n    outs: [x]\n")
+    Path("dvc.yaml").write_text(
+        "stages:\n  a:\n    cmd: echo ran >> runs; echo 1 > x\n    deps: [input]\n    outs: [x]\n"
+    )
     assert repro().returncode == 0
     return tmp_path
 
