@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -15,6 +14,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, DPRContextEncoder, DPRQuestionEncoder, PreTrainedTokenizerBase
 
 from stages.contexts import TokenStore
+from stages.packed_bert import PackedBert
+from stages.packing import Packing
 
 ARCHITECTURES = {"DPRQuestionEncoder": DPRQuestionEncoder, "DPRContextEncoder": DPRContextEncoder}
 # The two classes differ in the name of the one module that holds all weights.
@@ -49,29 +50,50 @@ class Encoder:
     def vectors(self, store: TokenStore, batch_tokens: int, device: torch.device, progress: str = "") -> Iterator:
         """Vectors of every row of `store`, in order: (first row, fp32 array [rows, dimension]) a sorting window.
 
-        Rows of a window are sorted by length, so that a batch of at most `batch_tokens` holds little padding.
+        A batch holds at most `batch_tokens` tokens, none of them padding. Rows are sorted by length within a window of
+        SORTING_WINDOW, so that those of a batch are alike.
         """
-        lengths = (store.offsets[1:] - store.offsets[:-1]).numpy()
+        packed = PackedBert(getattr(self.model, ROOTS[type(self.model)].rstrip(".")))
+        lengths = store.offsets[1:] - store.offsets[:-1]
         bar = tqdm(total=len(store), desc=progress, unit=" rows", disable=not progress)
         for first in range(0, len(store), SORTING_WINDOW):
-            window = lengths[first : first + SORTING_WINDOW]
-            order = np.argsort(-window, kind="stable")
-            out = np.empty((len(window), self.dimension), dtype=np.float32)
-            start = 0
-            while start < len(order):
-                size = max(1, batch_tokens // max(1, int(window[order[start]])))
-                rows = order[start : start + size]
-                ids, mask = padded_rows(store, torch.from_numpy(rows + first), self.tokenizer.pad_token_id, device)
+            last = min(first + SORTING_WINDOW, len(store))
+            tokens = store.tokens[store.offsets[first] : store.offsets[last]].to(device)
+            ordered, order = lengths[first:last].sort(descending=True, stable=True)
+            sizes = batches_of_tokens(ordered.tolist(), batch_tokens)
+            starts = (store.offsets[first:last] - store.offsets[first])[order].to(device)
+            # All on the device until the window's end: a copy for every batch would keep it waiting for the host.
+            out = torch.empty(last - first, self.dimension, device=device)
+            splits = (
+                ordered.split(sizes),
+                ordered.to(device).split(sizes),
+                starts.split(sizes),
+                order.to(device).split(sizes),
+            )
+            for known, some, begin, rows in zip(*splits, strict=True):
+                packing = Packing.of_lengths(some, int(known.sum()), int(known[0]))
+                source = begin.repeat_interleave(some, output_size=len(packing.positions)) + packing.positions
                 with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    out[rows] = self.model(ids, attention_mask=mask).pooler_output.float().cpu().numpy()
-                start += size
+                    out[rows] = packed.vectors(tokens[source].long(), packing).float()
                 bar.update(len(rows))
-            yield first, out
+            yield first, out.cpu().numpy()
         bar.close()
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+
+def batches_of_tokens(lengths: list[int], most: int) -> list[int]:
+    """How many rows, taken in order, fit into batches of at most `most` tokens; a longer row is a batch of its own."""
+    sizes, tokens = [], 0
+    for length in lengths:
+        if not sizes or tokens + length > most:
+            sizes.append(0)
+            tokens = 0
+        sizes[-1] += 1
+        tokens += length
+    return sizes
 
 
 def padded_rows(store: TokenStore, rows: Tensor, pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

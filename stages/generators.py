@@ -98,9 +98,12 @@ class Generator:
         The decoder reads prefix + targets[:, :-1] without a mask: it is causal, so padding on the right of a
         target changes no real position. Gradients flow to the weights and to `contexts.states`.
         """
-        tokens = torch.cat([self._prefix(len(targets), targets.device), targets[:, :-1]], dim=1)
-        logits = self._forward(contexts, tokens, use_cache=False).logits
+        logits = self._forward(contexts, self.decoder_inputs(targets), use_cache=False).logits
         return logits[:, len(self.decoder_prefix) - 1 :]
+
+    def decoder_inputs(self, targets: Tensor) -> Tensor:
+        """What the decoder reads to predict `targets` [R, T]: the prefix, then the targets without their last."""
+        return torch.cat([self._prefix(len(targets), targets.device), targets[:, :-1]], dim=1)
 
     def start(self, contexts: Contexts) -> DecoderState:
         """A state before the prefix."""

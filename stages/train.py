@@ -52,7 +52,7 @@ def main() -> None:
     examples = {}
     for split in ("train", "validation"):
         rows = read_rows(PREPARED / f"{split}.arrow")
-        examples[split] = rag.examples(list(rows["question"]), [answers[0] for answers in rows["answers"]]).to(device)
+        examples[split] = rag.examples(list(rows["question"]), [answers[0] for answers in rows["answers"]])
 
     root = root_folder()
     generator_files = [Path(params.models.generator)] if Path(params.models.generator).is_dir() else []
