@@ -11,7 +11,7 @@ from stages.params import Params
 STAGES = Path("stages")
 DAG = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
 PIPELINE = list(DAG)
-OUTSIDE = ["ask", "compare", "pretrain"]
+OUTSIDE = ["ask", "bench", "compare", "pretrain"]
 # They change no result: parameters are tracked key by key, the others only watch.
 NOT_DEPENDENCIES = {"params", "runtime", "tracking", "recording", "journal"}
 
