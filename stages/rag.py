@@ -25,6 +25,8 @@ from stages.contexts import TokenStore, assemble_contexts
 from stages.encoders import Encoder, load_encoder, padded_rows
 from stages.generators import Generator, generator_from, load_generator, load_saved_generator
 from stages.lora import merge_lora
+from stages.packed_bart import PackedBart
+from stages.packed_causal import PackedCausal
 from stages.params import Lengths, Params
 from stages.search import PassageIndex, doc_scores, load_index
 
@@ -81,6 +83,7 @@ class Rag(nn.Module):
         self.encoder, self.generator = encoder, generator
         self.index, self.passages = index, passages
         self.n_docs, self.lengths, self.score_scale = n_docs, lengths, score_scale
+        self.packed = packed_likelihood(generator)
 
     def examples(self, questions: list[str], answers: list[str]) -> Examples:
         """Tokenizes questions (cut to `lengths.question_tokens`) and their answers."""
@@ -96,18 +99,26 @@ class Rag(nn.Module):
         )
 
     def batch(self, examples: Examples, rows: list[int]) -> RagBatch:
-        """The named examples, padded to their own longest."""
-        device = examples.targets.device
-        chosen = torch.tensor(rows, device=device)
+        """The named examples, padded to their own longest, on the model's device.
+
+        Examples that stay in the host's memory are put together there: the host then need not wait for a GPU's earlier
+        work to learn how wide a batch is.
+        """
+        chosen = torch.tensor(rows, device=examples.targets.device)
         question_ids, question_mask = padded_rows(
-            examples.for_encoder, chosen, self.encoder.tokenizer.pad_token_id, device
+            examples.for_encoder, chosen, self.encoder.tokenizer.pad_token_id, chosen.device
         )
         asked, lengths = examples.for_generator.padded(
             chosen, self.lengths.question_tokens, self.generator.pad_token_id
         )
         mask = examples.target_mask[chosen]
         width = int(mask.any(0).sum())
-        return RagBatch(question_ids, question_mask, asked, lengths, examples.targets[chosen, :width], mask[:, :width])
+        batch = RagBatch(question_ids, question_mask, asked, lengths, examples.targets[chosen, :width], mask[:, :width])
+        device = next(self.parameters()).device
+        if device.type == "cuda" and chosen.device.type == "cpu":
+            # Only from page-locked memory does a copy join the GPU's queue without emptying it first.
+            return RagBatch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in batch))
+        return RagBatch(*(tensor.to(device) for tensor in batch))
 
     def retrieve(self, question_vectors: Tensor) -> tuple[Tensor, Tensor]:
         """The best passages of each question and their scores, with gradient to the questions: [B, K] and [B, K]."""
@@ -158,11 +169,22 @@ class Rag(nn.Module):
         """log p(y_t | y_<t, x, z) [B, K, T] of the batch's targets under contexts [B * K, L]."""
         questions = len(batch.targets)
         n_docs = len(input_ids) // questions
+        if self.packed:
+            repeated = [part.repeat_interleave(n_docs, 0) for part in (batch.targets, batch.target_mask)]
+            scored = self.packed.token_log_probs(input_ids, attention_mask, *repeated, label_smoothing)
+            return scored.unflatten(0, (questions, n_docs))
         states = self.generator.encode(input_ids, attention_mask)
         logits = self.generator.logits(states, batch.targets.repeat_interleave(n_docs, 0))
         return marginalization.token_log_probs(
             logits.view(questions, n_docs, *logits.shape[1:]), batch.targets, label_smoothing
         )
+
+
+def packed_likelihood(generator: Generator) -> PackedBart | PackedCausal | None:
+    """The generator's likelihood without padding, for the families that have one."""
+    if PackedBart.fits(generator.model.config):
+        return PackedBart(generator.model, *generator.decoder_prefix)
+    return PackedCausal(generator) if PackedCausal.fits(generator.model.config) else None
 
 
 def open_rag(

@@ -57,9 +57,7 @@ def main() -> None:
     rag = rag_model.open_rag_on(parts, INDEX, TOKENS, params, device)
     rows = {split: read_rows(PREPARED / f"{split}.arrow") for split in ("passages", "train", "validation")}
     examples = {
-        split: rag.examples(list(rows[split]["question"]), [answers[0] for answers in rows[split]["answers"]]).to(
-            device
-        )
+        split: rag.examples(list(rows[split]["question"]), [answers[0] for answers in rows[split]["answers"]])
         for split in ("train", "validation")
     }
 

@@ -24,6 +24,7 @@ from stages.params import Recipe, Train
 from stages.rag import Examples, Rag
 from stages.recipes import Update, updates
 from stages.skips import Skips, step_unless
+from stages.throughput import DeviceGaps, matrix_rate, training_flop, weights_by_tokens
 
 VALIDATION_BATCH = 16
 
@@ -51,14 +52,17 @@ class Window:
     """Sums since the last logged point, kept on the device so that logging alone waits for it."""
 
     nll: torch.Tensor | float = 0.0
+    question_tokens: torch.Tensor | float = 0.0
     context_tokens: torch.Tensor | float = 0.0
     prior_entropy: torch.Tensor | float = 0.0
     distinct: torch.Tensor | float = 0.0
     target_tokens: torch.Tensor | float = 0.0
+    scored_tokens: torch.Tensor | float = 0.0
     questions: int = 0
     forwards: int = 0
     steps: int = 0
-    host_seconds: float = 0.0
+    waited: float = 0.0  # seconds that the device waited for the host before a checkpoint
+    waits: DeviceGaps | None = None  # and since
     started: float = field(default_factory=time.perf_counter)
 
     def state(self) -> dict:
@@ -116,6 +120,15 @@ def make_schedule(optimizer, settings: Train) -> LambdaLR:
     )
 
 
+def distinct_share(rows: torch.Tensor) -> torch.Tensor:
+    """Distinct over all retrieved passages of `rows` (-1: missing), without waiting for the device."""
+    ordered = rows.flatten().sort().values
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[1:] = ordered[1:] != ordered[:-1]
+    present = ordered >= 0
+    return (first & present).sum() / present.sum().clamp(min=1)
+
+
 def _gpu_use(device: torch.device) -> dict[str, float]:
     """Percent of the GPU in use now and percent of its memory in use at the peak; nothing without a GPU."""
     if device.type != "cuda":
@@ -145,6 +158,10 @@ class Trainer:
         self.skips = skips or Skips(settings.max_skipped_steps)
         self.skips.overflow = self.accelerator.scaler is not None
         self.keep_threads = keep_threads
+        self.sizes = weights_by_tokens(rag.question_encoder, rag.generator_model)
+        self.matrix_rate = matrix_rate(
+            device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float)
+        )
 
     def run(
         self, training: Examples, validation: Examples, on_point: Callable[[dict], None],
@@ -160,7 +177,7 @@ class Trainer:
         if self._restore_finished():
             print(f"trained already, {self.progress.step} steps: the model is written again")
             return
-        window = Window()
+        window = self._window()
         resumed = self._resume(window)  # before its progress is looked at: a checkpoint brings another one
         progress, settings = self.progress, self.settings
         if resumed:
@@ -180,13 +197,14 @@ class Trainer:
             point = {}
             if last or progress.step % settings.logging_steps == 0:
                 point |= self._summary(window, norms)
-                window = Window()
+                window = self._window()
             if last or progress.step % settings.eval_steps == 0:
                 pause = time.perf_counter()
                 point |= self._validate(validation)
                 window.started += time.perf_counter() - pause
                 bar.set_postfix_str(f"val loss {point['val_loss_per_sequence']:.3f}")
             if point:
+                window.waits.opened = None  # validating and logging are no waiting for the host
                 self._point({"step": progress.step, "questions_seen": progress.questions_seen, **point}, on_point)
             stop = asked_to_stop()
             if self.checkpoints and not last and (stop or progress.step % settings.save_steps == 0):
@@ -240,9 +258,13 @@ class Trainer:
         if not self.accelerator.optimizer_step_was_skipped:  # fp16's loss scaling drops steps that overflow
             self.schedule.step()
         self.optimizer.zero_grad()
+        window.waits.open()  # again: the optimizer's work is no waiting
         self.progress.step += 1
         window.steps += 1
         return norms
+
+    def _window(self) -> Window:
+        return Window(waits=DeviceGaps(self.accelerator.device))
 
     def _accumulate_all(self, training: Examples, update: Update, window: Window) -> None:
         """The gradients of an update; where memory runs out, anew from zero in forward passes of half the size."""
@@ -278,9 +300,10 @@ class Trainer:
         self.skips.note(self.progress.step + 1, rows, bad, self.progress)
 
     def _accumulate(self, training: Examples, rows: list[int], divisor: int, window: Window) -> None:
-        before = time.perf_counter()
+        if window.waits.opened is None:
+            window.waits.open()
         batch = self.rag.batch(training, rows)
-        window.host_seconds += time.perf_counter() - before
+        window.waits.close()
         output = self.model(
             batch,
             marginal=self.recipe.marginalization,
@@ -289,13 +312,15 @@ class Trainer:
         )
         self.accelerator.backward(output.nll.sum() / divisor)
         window.nll += output.nll.detach().sum()
+        window.question_tokens += batch.question_mask.sum()
         window.context_tokens += output.context_tokens
         window.target_tokens += batch.target_mask.sum()
+        window.scored_tokens += batch.target_mask.sum() * output.rows.shape[1]
         window.prior_entropy += marginalization.normalized_entropy(output.log_prior).sum()
-        present = output.rows[output.rows >= 0]
-        window.distinct += present.unique().numel() / max(1, present.numel())
+        window.distinct += distinct_share(output.rows)
         window.questions += len(rows)
         window.forwards += 1
+        window.waits.open()
 
     def _gradient_norms(self) -> dict[str, torch.Tensor]:
         self.accelerator.unscale_gradients()
@@ -319,13 +344,17 @@ class Trainer:
             "distinct_passages": float(window.distinct) / window.forwards,
         }
         seconds = time.perf_counter() - window.started  # read after the values above have waited for the device
+        flop = training_flop(
+            self.sizes, *map(float, (window.question_tokens, window.context_tokens, window.scored_tokens))
+        )
         self.progress.training_seconds += seconds
         return values | {
             "seconds_per_step": seconds / window.steps,
             "seconds_per_batch": seconds / window.forwards,
             "questions_per_second": window.questions / seconds,
             "tokens_per_second": (float(window.context_tokens) + float(window.target_tokens)) / seconds,
-            "host_wait": window.host_seconds / seconds,
+            "mfu": flop / seconds / self.matrix_rate,
+            "host_wait": (window.waited + window.waits.seconds()) / seconds,
             **_gpu_use(self.accelerator.device),
         }
 
@@ -344,6 +373,8 @@ class Trainer:
 
     def _save(self, window: Window) -> None:
         self.skips.settle(self.progress)
+        window.waited += window.waits.seconds()
+        window.waits.gaps.clear()
         state = {
             "progress": vars(self.progress),
             "window": window.state(),
