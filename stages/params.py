@@ -120,12 +120,34 @@ class Lengths(Section):
     answer_tokens: Annotated[int, Field(ge=2)]
 
 
+class HardNegatives(Section):
+    count: Count
+    steps: Count
+    depth: Positive
+    skip: Count
+
+    @model_validator(mode="after")
+    def _second_round_has_steps_and_passages(self) -> "HardNegatives":
+        where = "retriever.hard_negatives"
+        if self.count and not self.steps:
+            raise ValueError(
+                f"{where}.steps: 0, but {where}.count is {self.count}; give the second round steps or set count to 0"
+            )
+        if self.count and self.depth < self.skip + self.count:
+            raise ValueError(
+                f"{where}.depth: {self.depth} hits cannot hold {where}.skip ({self.skip}) and {where}.count ({self.count}) "
+                "passages; raise depth"
+            )
+        return self
+
+
 class Retriever(Section):
     n_docs: Positive
     steps: Count
     batch_size: Annotated[int, Field(ge=2)]
     learning_rate: Rate
     score_scale: Annotated[float, Field(gt=0)]
+    hard_negatives: HardNegatives
 
 
 class Index(Section):
