@@ -20,29 +20,31 @@ from stages.params import Runtime
 from stages.runtime import prepare_torch, run
 
 
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m stages.bench", description="Benchmarks on random weights.")
+    made.add_argument("mode", choices=("train", "index", "search", "decode", "scale"))
+    made.add_argument("--shapes", choices=("large", "smollm2", "tiny"), default="large")
+    made.add_argument("--against", choices=("transformers",), help="measure transformers' own path beside it")
+    made.add_argument("--passages", type=int, nargs="+", default=[200_000], help="passages; scale takes several")
+    made.add_argument("--questions", type=int, default=256, help="questions to decode")
+    made.add_argument("--n-docs", type=int, default=5)
+    made.add_argument("--batch", default="32x1", help="questions a forward pass x passes a step; 2x16 is the README's")
+    made.add_argument("--recipe", choices=("new", "old"), default="new")
+    made.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto")
+    made.add_argument("--steps", type=int, default=10, help="optimizer steps a run")
+    made.add_argument("--runs", type=int, default=5, help="timed runs after the warm-up")
+    made.add_argument("--num-beams", type=int, default=4)
+    made.add_argument("--answer-tokens", type=int, default=10, help="most tokens of a decoded answer")
+    made.add_argument("--compiled", action="store_true", help="torch.compile the layers (a minute of warm-up)")
+    made.add_argument("--batch-tokens", type=int, default=65536, help="padded tokens encoded at once (index)")
+    made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    made.add_argument("--threads", type=int, default=0)
+    made.add_argument("--out", type=Path, help="write the JSON here too")
+    return made
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m stages.bench", description="Benchmarks on random weights.")
-    parser.add_argument("mode", choices=("train", "index", "search", "decode", "scale"))
-    parser.add_argument("--shapes", choices=("large", "smollm2", "tiny"), default="large")
-    parser.add_argument("--against", choices=("transformers",), help="measure transformers' own path beside it")
-    parser.add_argument("--passages", type=int, nargs="+", default=[200_000], help="passages; scale takes several")
-    parser.add_argument("--questions", type=int, default=256, help="questions to decode")
-    parser.add_argument("--n-docs", type=int, default=5)
-    parser.add_argument(
-        "--batch", default="32x1", help="questions a forward pass x passes a step; 2x16 is the README's"
-    )
-    parser.add_argument("--recipe", choices=("new", "old"), default="new")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto")
-    parser.add_argument("--steps", type=int, default=10, help="optimizer steps a run")
-    parser.add_argument("--runs", type=int, default=5, help="timed runs after the warm-up")
-    parser.add_argument("--num-beams", type=int, default=4)
-    parser.add_argument("--answer-tokens", type=int, default=10, help="most tokens of a decoded answer")
-    parser.add_argument("--compiled", action="store_true", help="torch.compile the layers (a minute of warm-up)")
-    parser.add_argument("--batch-tokens", type=int, default=65536, help="padded tokens encoded at once (index)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="write the JSON here too")
-    options = parser.parse_args()
+    options = parser().parse_args()
 
     device = prepare_torch(Runtime(device=options.device, threads=options.threads))
     from stages import measuring

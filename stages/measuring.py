@@ -5,6 +5,7 @@ Times are medians over runs after a warm-up, read when the device has finished. 
 
 import json
 import math
+import os
 import shutil
 import statistics
 import subprocess
@@ -80,6 +81,7 @@ class Peak:
 
 def bench_train(options: Namespace, device: torch.device) -> dict:
     """Seconds an optimizer step of the real trainer and, beside it, of transformers' forward on the same model."""
+    check_counterpart(options)
     batch_size, accumulation = map(int, options.batch.split("x"))
     rag = shapes.random_rag(options.shapes, options.passages[0], options.n_docs, device)
     if rag.packed and options.compiled:
@@ -94,6 +96,11 @@ def bench_train(options: Namespace, device: torch.device) -> dict:
     return results
 
 
+def check_counterpart(options: Namespace) -> None:
+    if options.against and not shapes.GENERATORS[options.shapes].is_encoder_decoder:
+        raise ValueError("--against transformers: its RAG classes take no decoder-only generator")
+
+
 def ours_training(rag: Rag, options: Namespace, batch_size: int, accumulation: int, device: torch.device) -> dict:
     questions = batch_size * accumulation
     recipe = Recipe(**(OLD if options.recipe == "old" else NEW | {"precision": options.precision}))
@@ -102,8 +109,10 @@ def ours_training(rag: Rag, options: Namespace, batch_size: int, accumulation: i
     steps = options.steps * (options.runs + 1)
     settings = Train(
         recipe=options.recipe, seed=1, max_steps=steps, batch_size=batch_size, gradient_accumulation_steps=accumulation,
-        learning_rate=3e-5, warmup_steps=0, weight_decay=0.01, max_grad_norm=1.0, label_smoothing=0.0,
+        learning_rate=3e-5,
+        question_encoder_learning_rate=None, warmup_steps=0, weight_decay=0.01, max_grad_norm=1.0, label_smoothing=0.0,
         logging_steps=options.steps, eval_steps=steps, save_steps=steps, save_total_limit=1,
+        gradient_checkpointing=False, halve_on_oom=False, max_skipped_steps=20,
     )  # fmt: skip
     peak = Peak(device)
     points = []
@@ -115,8 +124,6 @@ def ours_training(rag: Rag, options: Namespace, batch_size: int, accumulation: i
             peak.start()
 
     trainer = Trainer(rag, recipe, settings, mixed_precision(recipe.precision, device), 1, None)
-    peak_before = Peak(device)
-    peak_before.start()
     trainer.run(shapes.random_examples(rag, questions * steps), shapes.random_examples(rag, 16), on_point)
     measured = points[2:]
     return {
@@ -144,7 +151,8 @@ def their_training(
         config=config, question_encoder=rag.question_encoder, generator=rag.generator_model
     )
     theirs.train()
-    optimizer = make_optimizer(rag, Namespace(weight_decay=0.01, learning_rate=3e-5))
+    rates = Namespace(weight_decay=0.01, learning_rate=3e-5, question_encoder_learning_rate=None)
+    optimizer = make_optimizer(rag, rates)
     batches = batches_of(rag, batch_size)
 
     def micro_batch() -> None:
@@ -236,6 +244,7 @@ def bench_decode(options: Namespace, device: torch.device) -> dict:
 
     Random weights hardly ever write EOS: every answer is as long as it may be, which is the most work there is.
     """
+    check_counterpart(options)
     rag = shapes.random_rag(options.shapes, options.passages[0], options.n_docs, device)
     rag.eval()
     batch_size = int(options.batch.split("x")[0])
@@ -306,16 +315,14 @@ def scale_of(folder: Path, count: int, options: Namespace) -> dict:
         for row in range(count):
             text = " ".join(words[random.integers(0, len(words), 60)])
             file.write(json.dumps({"id": str(row), "title": f"Passage {row}", "text": text}) + "\n")
-    with open(folder / "questions.jsonl", "w", encoding="utf-8") as file:
-        for row in range(64):
-            file.write(json.dumps({"question": f"What is in passage {row}?", "answers": [str(words[row])]}) + "\n")
+    for split in ("train", "validation", "test"):
+        with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
+            for row in range(64):
+                question = {"question": f"What does {split} find in passage {row}?", "answers": [str(words[row])]}
+                file.write(json.dumps(question) + "\n")
     params = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
     params["data"] |= {"source": "files"}
-    params["data"].setdefault("files", {})
-    params["data"]["files"] |= {
-        "passages": "passages.jsonl", "train": "questions.jsonl", "validation": "questions.jsonl",
-        "test": "questions.jsonl",
-    }  # fmt: skip
+    params["data"]["files"] |= {name: f"{name}.jsonl" for name in ("passages", "train", "validation", "test")}
     params["retriever"]["steps"] = 0
     params["runtime"] |= {"device": options.device, "threads": options.threads}
     (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
@@ -334,7 +341,7 @@ def resources_of(stage: str, folder: Path, root: Path, count: int) -> dict:
     )
     started = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-c", code, f"stages.{stage}"], cwd=folder, env=environment(root), text=True,
+        [sys.executable, "-c", code, f"stages.{stage}"], cwd=folder, env=os.environ | {"PYTHONPATH": str(root)}, text=True,
         stdout=subprocess.PIPE,
     )  # fmt: skip
     seconds = time.perf_counter() - started
@@ -342,9 +349,3 @@ def resources_of(stage: str, folder: Path, root: Path, count: int) -> dict:
         raise ValueError(f"python -m stages.{stage} failed over {count} passages; its message is above")
     kilobytes = int(done.stdout.rsplit("peak ", 1)[1])
     return {f"{stage}_seconds": seconds, f"{stage}_peak_gib": kilobytes / 2**20}
-
-
-def environment(root: Path) -> dict[str, str]:
-    import os
-
-    return os.environ | {"PYTHONPATH": str(root)}

@@ -166,6 +166,7 @@ class Train(Section):
     batch_size: Positive
     gradient_accumulation_steps: Positive
     learning_rate: Rate
+    question_encoder_learning_rate: Rate | None
     warmup_steps: Count
     weight_decay: Share
     max_grad_norm: Annotated[float, Field(gt=0)]

@@ -102,12 +102,22 @@ def validation_loss(rag: Rag, validation: Examples, marginal: str) -> dict[str, 
 
 
 def make_optimizer(rag: Rag, settings: Train) -> AdamW:
-    """AdamW (Loshchilov & Hutter 2019) with weight decay on matrices only."""
-    trained = [parameter for parameter in rag.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trained if parameter.dim() > 1], "weight_decay": settings.weight_decay},
-        {"params": [parameter for parameter in trained if parameter.dim() <= 1], "weight_decay": 0.0},
-    ]
+    """AdamW (Loshchilov & Hutter 2019) with weight decay on matrices only; the question encoder's rate may be its own."""
+    parts = [(rag, settings.learning_rate)]
+    if settings.question_encoder_learning_rate is not None:
+        parts = [
+            (rag.generator_model, settings.learning_rate),
+            (rag.question_encoder, settings.question_encoder_learning_rate),
+        ]
+    groups = []
+    for module, rate in parts:
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        matrices = [parameter for parameter in trained if parameter.dim() > 1]
+        others = [parameter for parameter in trained if parameter.dim() <= 1]
+        groups += [
+            {"params": matrices, "weight_decay": settings.weight_decay, "lr": rate},
+            {"params": others, "weight_decay": 0.0, "lr": rate},
+        ]
     return AdamW(groups, lr=settings.learning_rate, fused=next(rag.parameters()).is_cuda)
 
 

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from stages import recipes
 from stages.checkpoints import Checkpoints
 from stages.interrupts import Interrupted
-from stages.training import Trainer, validation_loss
+from stages.training import Trainer, make_optimizer, validation_loss
 
 
 def run(recipe=NEW, folder=None, on_point=lambda point: None, rag=None, **settings):
@@ -54,6 +54,15 @@ def test_gradient_checkpointing_changes_nothing_but_memory(sgd):
     assert_same_weights(plain, recomputed, 1e-6)
     start = tiny_rag().state_dict()
     assert any((value - start[name]).abs().max() > 1e-5 for name, value in weights(recomputed).items())
+
+
+def test_the_question_encoder_may_learn_at_its_own_rate():
+    rag = tiny_rag()
+    optimizer = make_optimizer(rag, SETTINGS.model_copy(update={"question_encoder_learning_rate": 1e-5}))
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert {rates[id(p)] for p in rag.question_encoder.parameters()} == {1e-5}
+    assert {rates[id(p)] for p in rag.generator_model.parameters()} == {SETTINGS.learning_rate}
+    assert len(rates) == len(list(rag.parameters()))
 
 
 # Nine questions: a step of 8 and, at the epoch's end, one of a single question.
