@@ -147,7 +147,18 @@ class Retriever(Section):
     batch_size: Annotated[int, Field(ge=2)]
     learning_rate: Rate
     score_scale: Annotated[float, Field(gt=0)]
+    hybrid_depth: Annotated[int, Field(ge=0, le=1000)]
+    hybrid_weight: Annotated[float, Field(ge=0)]
     hard_negatives: HardNegatives
+
+    @model_validator(mode="after")
+    def _enough_hits(self) -> "Retriever":
+        if 0 < self.hybrid_depth < self.n_docs:
+            raise ValueError(
+                f"retriever.hybrid_depth: {self.hybrid_depth} hits are fewer than retriever.n_docs ({self.n_docs}); raise it "
+                "or set it to 0"
+            )
+        return self
 
 
 class Index(Section):

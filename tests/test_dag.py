@@ -53,7 +53,7 @@ def test_a_stage_depends_on_exactly_the_code_it_imports(stage):
 
 
 def test_the_stages_are_the_pipeline_and_run_by_module():
-    assert PIPELINE == ["inputs", "prepare", "retriever", "index", "train", "evaluate"]
+    assert PIPELINE == ["inputs", "prepare", "retriever", "lexical", "index", "train", "evaluate"]
     assert PIPELINE[1:] == CACHED
     assert all(DAG[stage]["cmd"] == f"python -m stages.{stage}" for stage in PIPELINE)
 

@@ -87,6 +87,12 @@ def test_numbers_that_a_tool_wrote_as_text_are_numbers(tmp_path, key, value, exp
             1,
             "retriever.hard_negatives.steps: 0, but .*count is 1; give .* or set count to 0",
         ),
+        (
+            "retriever.hybrid_depth",
+            3,
+            "retriever.hybrid_depth: 3 hits are fewer than retriever.n_docs .5.; raise it or set it",
+        ),
+        ("retriever.hybrid_weight", -0.1, "retriever.hybrid_weight:.*greater than or equal to 0"),
         ("retriever.hard_negatives.count", -1, "retriever.hard_negatives.count:.*greater than or equal to 0"),
         ("retriever.hard_negatives.depth", 0, "retriever.hard_negatives.depth:.*greater than or equal to 1"),
         ("index.nprobe", 0, "index.nprobe:.*greater than or equal to 1"),
