@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 
 from stages import bm25
-from stages.bm25 import search, shards_of
+from stages.bm25 import search, shards_of, words_of
 
 WORDS = [f"word{i}" for i in range(60)]
 
@@ -26,13 +26,8 @@ def questions():
 
 def test_one_shard_is_the_library_s_own_ranking(passages, questions):
     index = bm25s.BM25()
-    index.index(
-        bm25s.tokenize([f"T {text}" for text in passages["text"]], stopwords="en", show_progress=False),
-        show_progress=False,
-    )
-    _, scores = index.retrieve(
-        bm25s.tokenize(questions, stopwords="en", show_progress=False), k=10, show_progress=False
-    )
+    index.index(words_of([f"T {text}" for text in passages["text"]]), show_progress=False)
+    _, scores = index.retrieve(words_of(questions), k=10, show_progress=False)
     rows, found = search(shards_of(passages), questions, 10)
     np.testing.assert_allclose(found, scores, rtol=1e-5)
     for question, hits, expected in zip(questions, rows, scores, strict=True):
@@ -70,3 +65,11 @@ def test_processes_and_kept_shards_find_the_same(passages, questions, tmp_path, 
         np.testing.assert_array_equal(found[0], expected[0])
         np.testing.assert_array_equal(found[1], expected[1])
     assert not list(tmp_path.rglob("*.pkl")) and len(list(tmp_path.iterdir())) == 3
+
+
+def test_forms_of_a_word_are_one_word():
+    passages = Dataset.from_dict(
+        {"id": ["a", "b"], "title": ["", ""], "text": ["The engines were built.", "A garden."]}
+    )
+    rows, _ = search(shards_of(passages), ["Who is building an engine?"], 1)
+    assert rows.tolist() == [[0]]
