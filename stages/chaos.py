@@ -29,14 +29,15 @@ from stages.runtime import run
 SMALL = {
     "data.sample.passages": 60, "data.sample.train_questions": 120, "data.sample.validation_questions": 8,
     "data.sample.test_questions": 8, "retriever.steps": 4, "retriever.batch_size": 8, "retriever.n_docs": 2,
+    "retriever.hybrid_depth": 25,
     "train.max_steps": 12, "train.batch_size": 2, "train.warmup_steps": 1, "train.logging_steps": 2,
     "train.eval_steps": 3, "train.save_steps": 4, "evaluate.num_beams": 2, "evaluate.batch_size": 4,
     "tracking.system_metrics_seconds": 0, "runtime.threads": 1, "runtime.device": "cpu",
 }  # fmt: skip
-STAGES = ("prepare", "retriever", "index", "train", "evaluate")
+STAGES = ("prepare", "retriever", "lexical", "index", "train", "evaluate")
 OUTS = {
     "prepare": ["data/prepared", "data/tokens"], "retriever": ["data/retriever", "metrics/retriever.json"],
-    "index": ["data/index", "metrics/index.json"],
+    "lexical": ["data/lexical", "metrics/lexical.json"], "index": ["data/index", "metrics/index.json"],
     "train": ["data/model", "metrics/train.json", "metrics/curves.csv", ".checkpoints", ".tracking", "mlflow.db"],
     "evaluate": ["data/predictions", "metrics/eval.json"],
 }  # fmt: skip
@@ -227,7 +228,15 @@ def is_timing(name: str) -> bool:
 def results(folder: Path) -> dict[str, str]:
     """What must come out alike, by name: hashes of files, numbers as text."""
     found = {}
-    for out in ("data/prepared", "data/tokens", "data/retriever", "data/index", "data/model", "data/predictions"):
+    for out in (
+        "data/prepared",
+        "data/tokens",
+        "data/lexical",
+        "data/retriever",
+        "data/index",
+        "data/model",
+        "data/predictions",
+    ):
         for file in sorted((folder / out).rglob("*")):
             if file.is_file() and file.name != "run.json":
                 content = file.read_bytes()

@@ -185,6 +185,15 @@ def own_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return weights
 
 
+def snapshot(state):
+    """A copy of a training's state in the host's memory, which the steps to come do not change."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {name: snapshot(value) for name, value in state.items()}
+    return type(state)(map(snapshot, state)) if isinstance(state, list | tuple) else state
+
+
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """Copies weights saved by `own_weights` back; tied ones follow their twin."""
     missing, unexpected = model.load_state_dict(weights, strict=False)

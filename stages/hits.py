@@ -9,6 +9,7 @@ import torch
 from stages import manifest
 from stages.fusion import Hits
 
+DEPTH = "lexical.json"
 REMEDY = "run `dvc repro --force lexical`"
 
 
@@ -19,11 +20,10 @@ def read_hits(folder: Path, split: str, depth: int, questions: int, passages: in
     """
     if not depth:
         return None
-    check(folder, depth)
+    names = (f"{split}_rows.npy", f"{split}_scores.npy")
+    check(folder, depth, (DEPTH, *names))
     try:
-        rows, scores = (
-            np.load(folder / f"{split}_{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("rows", "scores")
-        )
+        rows, scores = (np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in names)
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{folder}: damaged ({str(error).splitlines()[0]}); {REMEDY}") from None
     if rows.shape != (questions, depth) or rows.shape != scores.shape or (rows >= passages).any():
@@ -40,17 +40,16 @@ def find_hits(folder: Path, questions: list[str], depth: int) -> Hits | None:
         return None
     from stages import bm25  # its library takes a second to import, which dense retrieval need not wait for
 
-    check(folder, depth)
+    check(folder, depth, None)
     rows, scores = bm25.search(bm25.load(folder / "index"), questions, depth)
     return Hits(torch.from_numpy(rows), torch.from_numpy(scores))
 
 
-def check(folder: Path, depth: int) -> None:
-    """Raises ValueError where the stage has not run, or not for this depth."""
-    file = folder / "lexical.json"
-    if not file.is_file():
-        raise ValueError(f"{file}: not found; run `dvc repro` (or python -m stages.lexical) first")
-    manifest.check(folder, None, REMEDY)
-    found = json.loads(file.read_text(encoding="utf-8"))["depth"]
+def check(folder: Path, depth: int, names: tuple[str, ...] | None) -> None:
+    """Raises ValueError where the stage has not run, not for this depth, or one of its files is damaged (None: of all)."""
+    if not (folder / DEPTH).is_file():
+        raise ValueError(f"{folder / DEPTH}: not found; run `dvc repro` (or python -m stages.lexical) first")
+    manifest.check(folder, names, REMEDY)
+    found = json.loads((folder / DEPTH).read_text(encoding="utf-8"))["depth"]
     if found != depth:
         raise ValueError(f"{folder}: made for a depth of {found}, but retriever.hybrid_depth is {depth}; {REMEDY}")

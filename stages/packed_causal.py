@@ -49,6 +49,11 @@ class PackedCausal:
         self.model = generator.model
         self.model.set_attn_implementation(NAME)
 
+    def compile(self) -> None:
+        """Fuses what lies between matrix products; one graph serves all layers and any number of tokens."""
+        for layer in self.model.get_decoder().layers:
+            layer.compile(dynamic=True)
+
     @staticmethod
     def fits(config) -> bool:
         """Whether a model of this configuration can be packed: one of FAMILIES whose layers all see everything."""

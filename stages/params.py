@@ -187,6 +187,7 @@ class Train(Section):
     save_steps: Positive
     save_total_limit: Positive
     gradient_checkpointing: bool
+    compile: bool
     halve_on_oom: bool
     max_skipped_steps: Positive
 

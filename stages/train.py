@@ -57,6 +57,8 @@ def main() -> None:
     if params.models.lora:
         add_lora(parts[1].model, params.models.lora)
     rag = rag_model.open_rag_on(parts, INDEX, TOKENS, params, device)
+    if params.train.compile and rag.packed:
+        rag.packed.compile()
     rows = {split: read_rows(PREPARED / f"{split}.arrow") for split in ("passages", "train", "validation")}
     examples = {}
     for split in ("train", "validation"):

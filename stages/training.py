@@ -6,6 +6,7 @@ what) comes from recipes.py, the loss from rag.py. A step is an optimizer step.
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -80,7 +81,9 @@ class Window:
         self.started = time.perf_counter() - state["started"]
 
 
-def validation_loss(rag: Rag, validation: Examples, marginal: str) -> dict[str, float]:
+def validation_loss(
+    rag: Rag, validation: Examples, marginal: str, batch_size: int = VALIDATION_BATCH
+) -> dict[str, float]:
     """Mean NLL of the validation answers, without label smoothing, per sequence and per answer token, in nats.
 
     A recipe that averages is measured by the RAG-Sequence marginal too: one yardstick for recipes to be compared by.
@@ -93,7 +96,7 @@ def validation_loss(rag: Rag, validation: Examples, marginal: str) -> dict[str, 
         return rag(rag.batch(validation, rows), marginal=measured).nll.double().sum().item()
 
     with torch.no_grad():
-        total = sum(in_batches(len(validation), VALIDATION_BATCH, loss))
+        total = sum(in_batches(len(validation), batch_size, loss))
     rag.train(was_training)
     return {
         "val_loss_per_sequence": total / len(validation),
@@ -168,6 +171,8 @@ class Trainer:
         self.skips = skips or Skips(settings.max_skipped_steps)
         self.skips.overflow = self.accelerator.scaler is not None
         self.keep_threads = keep_threads
+        self.writer, self.writing = ThreadPoolExecutor(max_workers=1), Future()
+        self.writing.set_result(None)
         self.sizes = weights_by_tokens(rag.question_encoder, rag.generator_model)
         self.matrix_rate = matrix_rate(
             device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float)
@@ -184,6 +189,15 @@ class Trainer:
         recipe keeps the best, else the last. Raises Interrupted behind the first step at which `asked_to_stop` gives a
         signal's number, with a checkpoint written.
         """
+        try:
+            self._run(training, validation, on_point, asked_to_stop)
+        finally:
+            self.writing.result()
+
+    def _run(
+        self, training: Examples, validation: Examples, on_point: Callable[[dict], None],
+        asked_to_stop: Callable[[], int | None],
+    ) -> None:  # fmt: skip
         if self._restore_finished():
             print(f"trained already, {self.progress.step} steps: the model is written again")
             return
@@ -236,8 +250,17 @@ class Trainer:
         kept = "the same command goes on from there" if self.checkpoints else "nothing is kept"
         raise Interrupted(number, f"interrupted at step {self.progress.step} of {self.settings.max_steps}; {kept}")
 
+    def _write(self, write: Callable, *what) -> None:
+        """Writes a checkpoint beside the steps to come: a disk takes half a minute for BART-large and its optimizer.
+
+        One at a time, or copies would pile up in memory; what went wrong with the last one is raised here.
+        """
+        self.writing.result()
+        self.writing = self.writer.submit(write, *what)
+
     def _finish(self) -> None:
         """Brings back the weights that the recipe keeps, and keeps them until DVC has taken the model."""
+        self.writing.result()
         if self.recipe.checkpoints == "best":
             checkpointing.load_weights(self.rag, self.checkpoints.best(self.progress.best_step))
         self.checkpoints.finish(checkpointing.own_weights(self.rag), {"progress": vars(self.progress)})
@@ -369,12 +392,14 @@ class Trainer:
         }
 
     def _validate(self, validation: Examples) -> dict[str, float]:
-        losses = validation_loss(self.rag, validation, self.recipe.marginalization)
+        losses = validation_loss(
+            self.rag, validation, self.recipe.marginalization, max(VALIDATION_BATCH, self.settings.batch_size)
+        )
         if losses["val_loss_per_sequence"] < self.progress.best_loss:
             self.progress.best_loss = losses["val_loss_per_sequence"]
             self.progress.best_step = self.progress.step
             if self.checkpoints and self.recipe.checkpoints == "best":
-                self.checkpoints.save_best(self.progress.step, checkpointing.own_weights(self.rag))
+                self._write(self.checkpoints.save_best, self.progress.step, checkpointing.own_weights(self.rag))
         return losses
 
     def _point(self, point: dict, on_point: Callable[[dict], None]) -> None:
@@ -395,7 +420,8 @@ class Trainer:
             "threads": torch.get_num_threads(),
         }
         best = self.progress.best_step if self.recipe.checkpoints == "best" else None
-        self.checkpoints.save(self.progress.step, checkpointing.own_weights(self.rag), state, best)
+        weights = checkpointing.own_weights(self.rag)
+        self._write(self.checkpoints.save, self.progress.step, weights, checkpointing.snapshot(state), best)
 
     def _resume(self, window: Window) -> bool:
         found = self.checkpoints.latest() if self.checkpoints else None

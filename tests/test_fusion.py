@@ -98,6 +98,7 @@ def test_weight_zero_and_no_hits_are_dense_retrieval():
 def lexical(tmp_path):
     np.save(tmp_path / "test_rows.npy", np.zeros((3, 2), dtype=np.int32))
     np.save(tmp_path / "test_scores.npy", np.ones((3, 2), dtype=np.float32))
+    np.save(tmp_path / "train_rows.npy", np.zeros((9, 2), dtype=np.int32))
     manifest.write_json(tmp_path / "lexical.json", {"depth": 2})
     manifest.record_folder(tmp_path)
     return tmp_path
@@ -121,6 +122,8 @@ def test_hits_of_something_else_are_refused(lexical, depth, questions, message):
 def test_damaged_and_missing_hits_are_named(lexical, tmp_path):
     with pytest.raises(ValueError, match="lexical.json: not found; run"):
         read_hits(tmp_path / "nowhere", "test", 2, 3, 1)
+    (lexical / "train_rows.npy").unlink()  # what is not read need not be there
+    assert read_hits(lexical, "test", 2, 3, 1) is not None
     file = lexical / "test_scores.npy"
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(ValueError, match="test_scores.npy is missing or cut short.*force lexical"):

@@ -49,6 +49,28 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert distance(gradients_again, gradients) < 1e-6
 
 
+def test_compiled_layers_are_one_graph_with_the_same_numbers(monkeypatch):
+    """Traced as on a GPU, but run by torch's own kernels: a machine without a C++ compiler can test it."""
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: compiled(self, backend="aot_eager", **options)
+    )
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    rag = rag_of("llama")
+    examples = rag.examples(QUESTIONS, ANSWERS)
+    expected = rag(rag.batch(examples, EVERYTHING), marginal="sequence").nll.detach()
+    rag.packed.compile()
+    rag.train()
+    for rows in (EVERYTHING, [0, 1, 2], [5, 6, 7, 8]):
+        nll = rag(rag.batch(examples, rows), marginal="sequence").nll
+        nll.sum().backward()
+        torch.testing.assert_close(nll, expected[rows], rtol=1e-5, atol=1e-5)
+    stats = torch._dynamo.utils.counters["stats"]
+    assert stats["unique_graphs"] == 1 and stats["calls_captured"] > 50
+    assert "_orig_mod" not in "".join(rag.state_dict())
+
+
 def test_answers_of_one_token_and_padding_tokens():
     rag = rag_of("llama")
     ids, mask = torch.randint(4, 8192, (3, 5)), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])

@@ -2,6 +2,7 @@
 
 import copy
 import signal
+import threading
 
 import pytest
 import torch
@@ -243,3 +244,37 @@ def test_a_resumed_run_computes_with_the_threads_that_it_began_with(tmp_path, ca
     monkeypatch.setattr(torch, "set_num_threads", given.append)
     run(NEW, tmp_path)
     assert given == [2] and "2 threads, as before" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_of_its_step_however_late_the_disk_takes_it(tmp_path, monkeypatch):
+    save, steps_went_on = Checkpoints.save, threading.Event()
+
+    def late(self, step, *what):
+        assert step != 2 or steps_went_on.wait(30)
+        return save(self, step, *what)
+
+    settings = {"max_steps": 5, "save_steps": 2, "eval_steps": 9}
+    keep = NEW.model_copy(update={"checkpoints": "last"})
+    monkeypatch.setattr(Checkpoints, "finish", lambda self, *what: None)  # which would take the others away
+    run(keep, tmp_path / "prompt", **settings)
+    monkeypatch.setattr(Checkpoints, "save", late)
+    run(keep, tmp_path / "late", on_point=lambda point: point["step"] == 3 and steps_went_on.set(), **settings)
+    for name in ("step-00000002", "step-00000004"):
+        prompt, later = (
+            torch.load(tmp_path / where / name / "state.pt", weights_only=True) for where in ("prompt", "late")
+        )
+        moments = [state["optimizer"]["state"] for state in (prompt, later)]
+        assert all(torch.equal(one["exp_avg"], moments[1][key]["exp_avg"]) for key, one in moments[0].items())
+        assert prompt["progress"]["step"] == later["progress"]["step"] == int(name[-1])
+        assert len(prompt["progress"]["history"]) == len(later["progress"]["history"])
+        kept = [(tmp_path / where / name / "weights.safetensors").read_bytes() for where in ("prompt", "late")]
+        assert kept[0] == kept[1]
+
+
+def test_a_disk_that_fails_behind_the_steps_stops_the_training(tmp_path, monkeypatch):
+    def full(self, *what):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Checkpoints, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(NEW, tmp_path, max_steps=3, save_steps=1)
