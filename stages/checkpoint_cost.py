@@ -16,10 +16,10 @@ def measure(folder: Path, weights: dict[str, torch.Tensor], state: dict, times: 
     """Median seconds of copying a checkpoint and of `Checkpoints.save` on the disk under `folder`, fsync included."""
     checkpoints = Checkpoints(folder, keep=1)
     try:
-        copying, writing = [], []
+        copying, writing, copied = [], [], None
         for step in range(times):
             started = time.perf_counter()
-            copied = snapshot([weights, state])
+            copied = snapshot([weights, state], copied)
             copying.append(time.perf_counter() - started)
             checkpoints.save(step, *copied)
             writing.append(time.perf_counter() - started - copying[-1])

@@ -173,6 +173,7 @@ class Trainer:
         self.keep_threads = keep_threads
         self.writer, self.writing = ThreadPoolExecutor(max_workers=1), Future()
         self.writing.set_result(None)
+        self.copies: dict[str, list] = {}  # of the last checkpoint and the last best weights, to be written over
         self.sizes = weights_by_tokens(rag.question_encoder, rag.generator_model)
         self.matrix_rate = matrix_rate(
             device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float)
@@ -250,13 +251,15 @@ class Trainer:
         kept = "the same command goes on from there" if self.checkpoints else "nothing is kept"
         raise Interrupted(number, f"interrupted at step {self.progress.step} of {self.settings.max_steps}; {kept}")
 
-    def _write(self, write: Callable, *what) -> None:
-        """Writes a checkpoint beside the steps to come: a disk takes half a minute for BART-large and its optimizer.
+    def _write(self, write: Callable, step: int, state: list, *what) -> None:
+        """Writes a copy of `state` beside the steps to come: a disk takes half a minute for BART-large and its optimizer.
 
         One at a time, or copies would pile up in memory; what went wrong with the last one is raised here.
         """
         self.writing.result()
-        self.writing = self.writer.submit(write, *what)
+        copies = checkpointing.snapshot(state, self.copies.get(write.__name__))
+        self.copies[write.__name__] = copies
+        self.writing = self.writer.submit(write, step, *copies, *what)
 
     def _finish(self) -> None:
         """Brings back the weights that the recipe keeps, and keeps them until DVC has taken the model."""
@@ -399,7 +402,7 @@ class Trainer:
             self.progress.best_loss = losses["val_loss_per_sequence"]
             self.progress.best_step = self.progress.step
             if self.checkpoints and self.recipe.checkpoints == "best":
-                self._write(self.checkpoints.save_best, self.progress.step, checkpointing.own_weights(self.rag))
+                self._write(self.checkpoints.save_best, self.progress.step, [checkpointing.own_tensors(self.rag)])
         return losses
 
     def _point(self, point: dict, on_point: Callable[[dict], None]) -> None:
@@ -420,8 +423,7 @@ class Trainer:
             "threads": torch.get_num_threads(),
         }
         best = self.progress.best_step if self.recipe.checkpoints == "best" else None
-        weights = checkpointing.own_weights(self.rag)
-        self._write(self.checkpoints.save, self.progress.step, weights, checkpointing.snapshot(state), best)
+        self._write(self.checkpoints.save, self.progress.step, [checkpointing.own_tensors(self.rag), state], best)
 
     def _resume(self, window: Window) -> bool:
         found = self.checkpoints.latest() if self.checkpoints else None
