@@ -13,7 +13,7 @@ STAGES = Path("stages")
 DAG = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
 PIPELINE = list(DAG)
 CACHED = [stage for stage in PIPELINE if not DAG[stage].get("always_changed")]
-OUTSIDE = ["ask", "bench", "chaos", "check", "compare", "pretrain", "unlock"]
+OUTSIDE = ["ask", "bench", "chaos", "check", "compare", "pretrain", "recall", "unlock"]
 # They change no result: parameters are tracked key by key, the others only watch.
 NOT_DEPENDENCIES = WATCHERS
 

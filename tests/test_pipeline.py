@@ -194,6 +194,12 @@ def test_hybrid_retrieval_reruns_what_it_changes_and_answers_new_questions(proje
     assert metrics["depth"] == 25 and metrics["recall_at_20"] > 20  # airports are asked for by their names
     asked = run(project, "python", "-m", "stages.ask", "Which country is Warsaw Modlin Airport in?")
     assert "posterior" in asked.stdout
+    run(project, "python", "-m", "stages.recall", "--split", "test", "--weights", "0", "1", "--out", "recall.json")
+    recall = json.loads((project / "recall.json").read_text())
+    assert recall["hybrid_0"] == recall["dense"] and recall["bm25"]["recall_at_20"] == metrics["recall_at_20"]
+    assert (
+        recall["hybrid_1"]["recall_at_20"] >= recall["hybrid_1"]["recall_at_5"] >= recall["hybrid_1"]["recall_at_1"] > 0
+    )
     (project / "data/lexical/test_rows.npy").write_bytes(b"")
     broken = run(project, "python", "-m", "stages.evaluate", check=False)
     assert broken.returncode == 1 and "data/lexical: damaged (test_rows.npy" in broken.stderr
