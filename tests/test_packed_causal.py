@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_families import rag_of
-from test_packing import distance
+from test_packed_bart import distance
 from tiny_rag import ANSWERS, QUESTIONS
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 

@@ -1,14 +1,12 @@
-"""No padding, the same numbers: packed passes against the library's padded ones, in fp32 to rounding, in bf16 to noise."""
+"""No padding, the same numbers: packed BART's passes against the library's padded ones, in fp32 to rounding, in bf16 to noise."""
 
 import pytest
 import torch
 from tiny_rag import ANSWERS, QUESTIONS, tiny_rag
-from transformers import BartConfig, DPRConfig, DPRContextEncoder
+from transformers import BartConfig, DPRConfig
 
 from stages import packed_bart, shapes
 from stages.packed_bart import PackedBart
-from stages.packed_bert import PackedBert
-from stages.packing import Packing, attention
 
 MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]])
 
@@ -90,48 +88,6 @@ def test_models_with_layerdrop_and_other_families_are_not_packed():
     assert not PackedBart.fits(BartConfig(encoder_layerdrop=0.1))
     assert not PackedBart.fits(BartConfig(decoder_layerdrop=0.1))
     assert not PackedBart.fits(DPRConfig())
-
-
-def test_packing_is_undone_by_unpacking_and_is_the_same_from_mask_and_lengths():
-    packing = Packing.of(MASK)
-    rows = torch.arange(MASK.numel()).view(MASK.shape) + 1
-    assert packing.pack(rows).tolist() == [1, 2, 3, 5, 9, 10, 11, 12, 13, 14]
-    assert torch.equal(packing.unpack(packing.pack(rows)), rows * MASK)
-    lengths = MASK.sum(1)
-    known = Packing.of_lengths(lengths, int(lengths.sum()), int(lengths.max()))
-    for name, value in vars(packing).items():
-        assert (
-            torch.equal(getattr(known, name), value) if isinstance(value, torch.Tensor) else value == vars(known)[name]
-        )
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_attention_stays_inside_its_row(causal):
-    torch.manual_seed(0)
-    packing = Packing.of(MASK)
-    query, key, value = torch.randn(3, 10, 2, 8)
-    mixed = attention(query, key, value, packing, packing, 0.0, causal)
-    for first, last in zip(packing.offsets, packing.offsets[1:], strict=False):
-        alone = torch.nn.functional.scaled_dot_product_attention(
-            *(part[first:last].transpose(0, 1) for part in (query, key, value)), is_causal=causal
-        )
-        torch.testing.assert_close(mixed[first:last], alone.transpose(0, 1))
-
-
-@pytest.mark.parametrize("projection", [0, 6])
-def test_packed_bert_gives_the_librarys_vectors(projection):
-    torch.manual_seed(0)
-    config = DPRConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        projection_dim=projection, initializer_range=0.5,
-    )  # fmt: skip
-    model = DPRContextEncoder(config).eval()
-    ids = torch.randint(4, 50, MASK.shape)
-    packing = Packing.of(MASK)
-    with torch.no_grad():
-        expected = model(ids, attention_mask=MASK).pooler_output
-        found = PackedBert(model.ctx_encoder).vectors(packing.pack(ids), packing)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_random_shapes_have_the_lengths_that_they_promise():
