@@ -24,7 +24,14 @@ _index: bm25s.BM25 | None = None  # what forked processes share
 
 def words_of(texts: list[str], return_ids: bool = True):
     """Stems of each text: as ids with their vocabulary, which an index is made of, or as lists of strings."""
-    return bm25s.tokenize(texts, stopwords="en", stemmer=_stemmer, return_ids=return_ids, show_progress=False)
+    words = bm25s.tokenize(texts, stopwords="en", stemmer=_stemmer, return_ids=return_ids, show_progress=False)
+    if not return_ids:
+        return words
+    # The library numbers stems in the order of a set, which is another one in every process.
+    new_ids = {word: number for number, word in enumerate(sorted(words.vocab))}
+    renumbered = np.empty(len(new_ids), dtype=np.int64)
+    renumbered[list(words.vocab.values())] = [new_ids[word] for word in words.vocab]
+    return type(words)(ids=[renumbered[row].tolist() for row in words.ids], vocab=new_ids)
 
 
 def shards_of(

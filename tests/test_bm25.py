@@ -1,5 +1,11 @@
 """BM25 in shards and processes against the library's own ranking of the whole."""
 
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import bm25s
 import numpy as np
 import pytest
@@ -73,3 +79,22 @@ def test_forms_of_a_word_are_one_word():
     )
     rows, _ = search(shards_of(passages), ["Who is building an engine?"], 1)
     assert rows.tolist() == [[0]]
+
+
+SAVED = """
+import sys; from pathlib import Path; from datasets import Dataset; from stages import bm25
+texts = ["The engines of old ships were built here.", "A garden behind the oldest house.", "Ships sail past gardens."]
+passages = Dataset.from_dict({"id": list("abc"), "title": ["One", "Two", "Three"], "text": texts})
+list(bm25.save(bm25.shards_of(passages), Path(sys.argv[1])))
+"""
+
+
+def test_every_process_writes_the_same_index(tmp_path):
+    found = []
+    for seed in ("1", "2"):
+        (tmp_path / seed).mkdir()
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", SAVED, str(tmp_path / seed)], check=True, env=environment)
+        files = sorted(file for file in Path(tmp_path / seed).rglob("*") if file.is_file())
+        found.append([(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files])
+    assert found[0] == found[1] and len(found[0]) >= 4
