@@ -136,6 +136,15 @@ def ours_training(rag: Rag, options: Namespace, batch_size: int, accumulation: i
     }
 
 
+def their_model(rag: Rag, n_docs: int) -> RagSequenceForGeneration:
+    """transformers' RAG over the same two models."""
+    config = RagConfig.from_question_encoder_generator_configs(
+        rag.question_encoder.config, rag.generator_model.config, n_docs=n_docs, bos_token_id=0, pad_token_id=1,
+        eos_token_id=2, decoder_start_token_id=0,
+    )  # fmt: skip
+    return RagSequenceForGeneration(config=config, question_encoder=rag.question_encoder, generator=rag.generator_model)
+
+
 def their_training(
     rag: Rag, options: Namespace, batch_size: int, accumulation: int, precision: str, device: torch.device
 ) -> dict:
@@ -143,13 +152,7 @@ def their_training(
 
     It is spared its retriever: passages come from our search and arrive tokenized.
     """
-    config = RagConfig.from_question_encoder_generator_configs(
-        rag.question_encoder.config, rag.generator_model.config, n_docs=options.n_docs, bos_token_id=0, pad_token_id=1,
-        eos_token_id=2, decoder_start_token_id=0,
-    )  # fmt: skip
-    theirs = RagSequenceForGeneration(
-        config=config, question_encoder=rag.question_encoder, generator=rag.generator_model
-    )
+    theirs = their_model(rag, options.n_docs)
     theirs.train()
     rates = Namespace(weight_decay=0.01, learning_rate=3e-5, question_encoder_learning_rate=None)
     optimizer = make_optimizer(rag, rates)
@@ -269,13 +272,7 @@ def bench_decode(options: Namespace, device: torch.device) -> dict:
         "peak_gib": peak.gib(),
     }
     if options.against:
-        config = RagConfig.from_question_encoder_generator_configs(
-            rag.question_encoder.config, rag.generator_model.config, n_docs=options.n_docs, bos_token_id=0,
-            pad_token_id=1, eos_token_id=2, decoder_start_token_id=0,
-        )  # fmt: skip
-        theirs = RagSequenceForGeneration(
-            config=config, question_encoder=rag.question_encoder, generator=rag.generator_model
-        )
+        theirs = their_model(rag, options.n_docs)
         theirs.eval()
         few = batches_of(rag, 2)
 
