@@ -19,6 +19,7 @@ def train(folder: Path, stop_at: int | None = None, sgd: bool = True, recipe: st
 
     from stages import ranks, training
     from stages.checkpoints import Checkpoints
+    from stages.interrupts import Interrupts
 
     if sgd:  # Adam's first steps are the gradient's sign, which would hide a wrong scale
         training.make_optimizer = lambda rag, settings: torch.optim.SGD(rag.parameters(), lr=settings.learning_rate)
@@ -33,9 +34,10 @@ def train(folder: Path, stop_at: int | None = None, sgd: bool = True, recipe: st
         if trainer.progress.step == 2:
             (folder / "running").touch()
         last = ranks.rank() == ranks.world() - 1
-        return signal.SIGTERM if last and trainer.progress.step == stop_at else None
+        return signal.SIGTERM if last and trainer.progress.step == stop_at else interrupts.asked()
 
-    trainer.run(examples, examples, lambda point: None, asked)
+    with Interrupts() as interrupts:
+        trainer.run(examples, examples, lambda point: None, asked)
     return trainer
 
 

@@ -148,6 +148,28 @@ def test_mlflow_has_one_run_with_everything(project):
     assert any(model.source_run_id == first.info.run_id for model in models)
 
 
+def test_two_ranks_make_one_run_and_the_same_numbers(project):
+    """`runtime` is no part of the recipe: what two ranks made is found again by one."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{project}/mlflow.db")
+    experiment = client.get_experiment_by_name("rag-recipes").experiment_id
+    before = {one.info.run_id for one in client.search_runs([experiment])}
+    seed = ("-S", "train.seed=14", "-S", "index.batch_tokens=4096")
+    output = run(project, "dvc", "exp", "run", "-S", "runtime.processes=2", *seed).stdout
+    two = json.loads((project / "metrics/train.json").read_text())
+    assert {"index", "train"} <= set(ran(output)) and output.count("validation loss") == 1
+    [new] = {one.info.run_id for one in client.search_runs([experiment])} - before
+    assert client.get_run(new).info.status == "FINISHED"
+    shutil.rmtree(project / ".checkpoints")
+    run(project, "dvc", "exp", "run", "-S", "runtime.processes=1", "-f", *seed)
+    one = json.loads((project / "metrics/train.json").read_text())
+    assert two["questions_seen"] == one["questions_seen"] == 16
+    assert two["val_loss_before_training"] == pytest.approx(one["val_loss_before_training"], rel=1e-5)
+    run(project, "git", "checkout", "-q", ".")
+    run(project, "dvc", "checkout")
+
+
 def test_ask_answers_with_passages_and_reads_standard_input(project):
     one = run(project, "python", "-m", "stages.ask", "In which country is Warsaw Modlin Airport?")
     assert "prior  posterior  passage" in one.stdout and "probability" in one.stdout
