@@ -148,7 +148,7 @@ def test_mlflow_has_one_run_with_everything(project):
     assert any(model.source_run_id == first.info.run_id for model in models)
 
 
-def test_two_ranks_make_one_run_and_the_same_numbers(project):
+def test_two_ranks_make_one_run(project):
     """`runtime` is no part of the recipe: what two ranks made is found again by one."""
     from mlflow import MlflowClient
 
@@ -157,15 +157,12 @@ def test_two_ranks_make_one_run_and_the_same_numbers(project):
     before = {one.info.run_id for one in client.search_runs([experiment])}
     seed = ("-S", "train.seed=14", "-S", "index.batch_tokens=4096")
     output = run(project, "dvc", "exp", "run", "-S", "runtime.processes=2", *seed).stdout
-    two = json.loads((project / "metrics/train.json").read_text())
-    assert {"index", "train"} <= set(ran(output)) and output.count("validation loss") == 1
+    assert {"index", "train"} <= set(ran(output)) and output.count("nats a question at step") == 1
+    assert json.loads((project / "metrics/train.json").read_text())["questions_seen"] == 16
     [new] = {one.info.run_id for one in client.search_runs([experiment])} - before
     assert client.get_run(new).info.status == "FINISHED"
-    shutil.rmtree(project / ".checkpoints")
-    run(project, "dvc", "exp", "run", "-S", "runtime.processes=1", "-f", *seed)
-    one = json.loads((project / "metrics/train.json").read_text())
-    assert two["questions_seen"] == one["questions_seen"] == 16
-    assert two["val_loss_before_training"] == pytest.approx(one["val_loss_before_training"], rel=1e-5)
+    again = run(project, "dvc", "exp", "run", "-S", "runtime.processes=1", *seed)
+    assert ran(again.stdout) == ["inputs"]
     run(project, "git", "checkout", "-q", ".")
     run(project, "dvc", "checkout")
 
