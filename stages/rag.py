@@ -188,7 +188,7 @@ def open_rag(
             f"{needed} positions, but the generator has {generator.max_positions}"
         )
     on_device = passages.to(device) if device.type == "cuda" else passages
-    return Rag(encoder, generator, index.to(device), on_device, n_docs, lengths, score_scale).to(device)
+    return Rag(encoder, generator, index.to(device, together=True), on_device, n_docs, lengths, score_scale).to(device)
 
 
 def open_rag_on(

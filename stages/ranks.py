@@ -110,6 +110,13 @@ def most(number: int) -> int:
     return int(_reduced(torch.tensor(number, dtype=torch.int64), dist.ReduceOp.MAX))
 
 
+def gathered(numbers: list[int]) -> list[list[int]]:
+    """Every rank's numbers, in the order of the ranks."""
+    table = torch.zeros(world(), len(numbers), dtype=torch.int64)
+    table[rank()] = torch.tensor(numbers)
+    return _reduced(table, dist.ReduceOp.SUM).tolist()
+
+
 def summed(values: dict[str, Tensor | float]) -> dict[str, Tensor | float]:
     """Each number summed over the ranks, in fp64; without other ranks the values themselves."""
     if world() == 1:

@@ -95,6 +95,7 @@ def validation_loss(rag: Rag, validation: Examples, marginal: str) -> dict[str, 
 
     with torch.no_grad():
         total = sum(in_batches(len(mine), VALIDATION_BATCH, loss))
+    rag.index.finish_searches()
     total = ranks.summed({"nll": total})["nll"]
     rag.train(was_training)
     return {
@@ -290,6 +291,7 @@ class Trainer:
                 if not (self.settings.halve_on_oom and is_out_of_memory(error)):
                     raise
                 failed, size = len(rows), halved(len(rows))
+            self.rag.index.finish_searches()
             failed, size = ranks.least([failed, size])
             if size == ranks.NOBODY:
                 return

@@ -12,7 +12,7 @@ from stages.launching import launch
 from stages.runtime import run
 
 
-def train(folder: Path, stop_at: int | None = None, sgd: bool = True, recipe: str = "new", **settings):
+def train(folder: Path, stop_at: int | None = None, sgd: bool = True, shards: bool = False, **settings):
     """A training of the tiny model; at step `stop_at` the last rank alone is asked to stop."""
     import tiny_rag
     import torch
@@ -20,13 +20,20 @@ def train(folder: Path, stop_at: int | None = None, sgd: bool = True, recipe: st
     from stages import ranks, training
     from stages.checkpoints import Checkpoints
     from stages.interrupts import Interrupts
+    from stages.shards import ShardedSearch
 
     if sgd:  # Adam's first steps are the gradient's sign, which would hide a wrong scale
         training.make_optimizer = lambda rag, settings: torch.optim.SGD(rag.parameters(), lr=settings.learning_rate)
     rag = tiny_rag.tiny_rag()
-    chosen = {"new": tiny_rag.NEW, "old": tiny_rag.OLD}[recipe]
+    if shards:
+        rag.index.exact = ShardedSearch(rag.index.vectors, torch.device("cpu"))
     trainer = training.Trainer(
-        rag, chosen, tiny_rag.SETTINGS.model_copy(update=settings), "no", 7, Checkpoints(folder / "checkpoints", 2)
+        rag,
+        tiny_rag.NEW,
+        tiny_rag.SETTINGS.model_copy(update=settings),
+        "no",
+        7,
+        Checkpoints(folder / "checkpoints", 2),
     )
     examples = rag.examples(tiny_rag.QUESTIONS, tiny_rag.ANSWERS)
 
@@ -83,6 +90,33 @@ def not_finite(folder: Path, **settings):
     return train(folder, **settings)
 
 
+def search(folder: Path) -> None:
+    """As many searches as the rank's number, of unequally many questions, over parts smaller than k and larger."""
+    import torch
+    from safetensors.torch import save_file
+
+    from stages import ranks
+    from stages.shards import ShardedSearch
+
+    found = {}
+    for passages in (7, 5000):
+        vectors, questions = problem(passages)
+        sharded = ShardedSearch(vectors, torch.device("cpu"))
+        for turn in range(ranks.rank()):
+            found[f"{passages}-{turn}"] = sharded.search(questions[: 3 * ranks.rank() + turn], 5)
+        sharded.finish()
+    if found:
+        save_file(found, folder / f"rows-{ranks.rank()}.safetensors")
+
+
+def problem(passages: int):
+    """Vectors and questions, the same for everyone."""
+    import torch
+
+    drawn = torch.Generator().manual_seed(passages)
+    return torch.randn(passages, 32, generator=drawn) * 3, torch.randn(12, 32, generator=drawn)
+
+
 def main() -> None:
     work, folder, processes, *settings = sys.argv[1:]
     settings = json.loads(settings[0]) if settings else {}
@@ -99,6 +133,8 @@ def main() -> None:
             import test_encoding
 
             test_encoding.encode(folder)
+        elif work == "search":
+            search(folder)
         elif work == "mistake":
             raise_on(settings["rank"])
         else:

@@ -17,6 +17,7 @@ from test_encoding import SHARD, encode
 from tiny_rag import NEW, OLD
 
 from stages import launching, ranks, training
+from stages.exact import ExactSearch
 from stages.interrupts import Interrupted
 from stages.recipes import check_ranks
 
@@ -127,6 +128,27 @@ def test_however_many_ranks_share_an_update_it_is_the_same(tmp_path, number, bat
     assert_same(whole, tmp_path / "ranks", number)
     first, *_, last = (load_file(tmp_path / "ranks" / f"weights-{rank}.safetensors") for rank in range(number))
     assert all(torch.equal(value, last[name]) for name, value in first.items())
+
+
+@pytest.mark.slow
+def test_a_sharded_search_finds_what_one_index_finds(tmp_path):
+    done(start("search", tmp_path, 3))
+    for rank in (1, 2):
+        found = load_file(tmp_path / f"rows-{rank}.safetensors")
+        assert len(found) == 2 * rank
+        for name, rows in found.items():
+            passages, turn = map(int, name.split("-"))
+            vectors, questions = ranked.problem(passages)
+            expected = ExactSearch(vectors, torch.device("cpu")).search(questions[: 3 * rank + turn], 5)
+            assert torch.equal(rows, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("work", ["train", "oom"])
+def test_training_on_a_sharded_search_is_the_same(tmp_path, work):
+    """With unequally many forward passes, with none, and where a rank begins anew."""
+    done(start(work, tmp_path / "ranks", 2, shards=True, **THREE_STEPS | {"batch_size": 3}))
+    assert_same(alone(tmp_path / "alone", **THREE_STEPS, batch_size=3), tmp_path / "ranks", 2)
 
 
 @pytest.mark.slow
