@@ -241,8 +241,8 @@ FOREVER = {"max_steps": 10**6, "eval_steps": 10**6, "save_steps": 10**6}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_rank_ends_the_job_at_once_and_names_itself(tmp_path, killed):
-    process = start("train", tmp_path / "ranks", 2, **FOREVER)
+def test_a_killed_rank_ends_the_job_at_once_and_it_goes_on_afterwards(tmp_path, killed):
+    process = start("train", tmp_path / "ranks", 2, **FOREVER | {"save_steps": 1})
     children = until_running(process, tmp_path / "ranks")
     victim = next(child for child in children if child.environ()["RANK"] == str(killed))
     began = time.monotonic()
@@ -251,6 +251,9 @@ def test_a_killed_rank_ends_the_job_at_once_and_names_itself(tmp_path, killed):
     assert time.monotonic() - began < 30
     assert f"error: rank {killed} of 2 was ended by SIGKILL" in errors.splitlines()[-1]
     assert not any(child.is_running() for child in children)
+    step = max(int(name.name[5:]) for name in (tmp_path / "ranks/checkpoints").glob("step-????????"))
+    output, _ = done(start("train", tmp_path / "ranks", 2, **FOREVER | {"max_steps": step + 1}))
+    assert f"resumed at step {step} of {step + 1}" in output
 
 
 @pytest.mark.slow
