@@ -76,6 +76,7 @@ def make_index(params: Params, device) -> None:
         "passage_tokens": lengths.passage_tokens, "batch_tokens": settings.batch_tokens, "device": device.type, "copied": copied,
     }  # fmt: skip
     name = fingerprint(describe(what, [PREPARED / "passages.arrow", RETRIEVER / "context_encoder"]))
+    ranks.wait()  # however unequally long the hosts' disks took
     ranks.check_same("fingerprint", int(name[:12], 16))
     work = checkpoint_folder(name)
     result = work / "index"

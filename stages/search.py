@@ -65,12 +65,16 @@ class PassageIndex:
         if not isinstance(inner(self.index), faiss.IndexFlat):
             return PassageIndex(_on_gpu(self.index, device), self.vectors)
         free, _ = torch.cuda.mem_get_info(device)
+        in_parts = together and ranks.world() > 1 and not self._fits_everywhere(free)
         fits = self.vectors.numel() * 4 <= SHARE_OF_FREE_MEMORY * free
         vectors = self.vectors.to(device) if fits else self.vectors
-        fits_whole = self.vectors.numel() * 2 <= SHARE_OF_FREE_MEMORY * free
-        in_parts = together and ranks.world() > 1 and not ranks.least([int(fits_whole)])[0]
         exact = ShardedSearch(self.vectors, device) if in_parts else ExactSearch(vectors, device)
         return PassageIndex(self.index, vectors, exact)
+
+    def _fits_everywhere(self, free: int) -> bool:
+        """Whether every rank has room for the whole bf16 copy, this one having `free` bytes."""
+        ranks.wait()
+        return bool(ranks.least([int(self.vectors.numel() * 2 <= SHARE_OF_FREE_MEMORY * free)])[0])
 
 
 def _on_gpu(index: faiss.Index, device: torch.device) -> faiss.Index:

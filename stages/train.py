@@ -82,6 +82,7 @@ def train(params: Params, device) -> None:
         settings_of(params), [PREPARED, TOKENS, RETRIEVER / "question_encoder", INDEX, *generator_files]
     )
     name = fingerprint(description)
+    ranks.wait()  # however unequally long the hosts' disks took
     ranks.check_same("fingerprint", int(name[:12], 16))
     if ranks.is_main():
         lock = leftovers.lock(root, name)
