@@ -62,8 +62,8 @@ clean:  ## remove what can be made again (never data/tiny, never MLflow's store)
 chaos: install-dev  ## kill the pipeline at 20 random points, compare what comes out (takes a while)
 	python -m stages.chaos
 
-unlock:  ## after a killed DVC that says its RWLock-file is corrupted or busy; only while no dvc runs here
-	rm -f .dvc/tmp/rwlock
+unlock: install  ## mend dvc.lock and DVC's rwlock where a killed DVC left them half written
+	python -m stages.unlock
 
 audit: install-dev  ## known vulnerabilities of the installed packages; reports, never fails
 	@out=$$(pip-audit --progress-spinner off --skip-editable 2>&1); code=$$?; echo "$$out"; \

@@ -15,6 +15,7 @@ from stages.params import load_params
 from stages.runtime import prepare_torch, run
 
 PREPARED, TOKENS, INDEX, MODEL = (Path("data") / name for name in ("prepared", "tokens", "index", "model"))
+LEXICAL = Path("data/lexical")
 
 
 def main() -> None:
@@ -29,6 +30,7 @@ def main() -> None:
     from stages import marginalization
     from stages.corpus import read_rows
     from stages.evaluation import answer, passages_of, retrieve
+    from stages.hits import find_hits
     from stages.rag import load_rag_parts, open_rag_on
 
     rag = open_rag_on(load_rag_parts(MODEL), INDEX, TOKENS, params, device)
@@ -36,7 +38,8 @@ def main() -> None:
     passages = read_rows(PREPARED / "passages.arrow")
 
     def show(question: str) -> None:
-        examples = rag.examples([question], [""]).to(device)
+        hits = find_hits(LEXICAL, [question], params.retriever.hybrid_depth)
+        examples = rag.examples([question], [""], hits).to(device)
         found = retrieve(rag, examples, rag.n_docs, 1)
         prior = marginalization.log_prior(found.scores)
         marginal = params.recipe.marginalization

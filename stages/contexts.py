@@ -52,10 +52,16 @@ class TokenStore:
         return cls(torch.from_numpy(tokens), torch.from_numpy(offsets))
 
     def padded(self, rows: Tensor, limit: int, pad: int) -> tuple[Tensor, Tensor]:
-        """The named rows cut to `limit` tokens and right-padded: ids [R, limit'] and lengths [R]."""
+        """The named rows cut to `limit` tokens and right-padded: ids [R, limit'] and lengths [R], where the tokens are.
+
+        `rows` lie where the offsets are. With offsets on the host and tokens on a GPU the host never waits: the width,
+        which shapes all else, is known without asking the device.
+        """
         starts = self.offsets[rows]
         lengths = (self.offsets[rows + 1] - starts).clamp(max=limit)
-        columns = torch.arange(int(lengths.max()) if len(rows) else 0, device=rows.device)
+        width = int(lengths.max()) if len(rows) else 0
+        starts, lengths = starts.to(self.tokens.device), lengths.to(self.tokens.device)
+        columns = torch.arange(width, device=self.tokens.device)
         inside = columns < lengths[:, None]
         ids = self.tokens[torch.where(inside, starts[:, None] + columns, 0)].long()
         return torch.where(inside, ids, pad), lengths

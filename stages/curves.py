@@ -10,7 +10,7 @@ COLUMNS = [
     "step", "questions_seen", "train_loss_per_sequence", "train_loss_per_token", "val_loss_per_sequence",
     "val_loss_per_token", "learning_rate", "gradient_norm", "question_encoder_gradient_norm", "prior_entropy",
     "distinct_passages", "seconds_per_step", "seconds_per_batch", "questions_per_second", "tokens_per_second",
-    "host_wait", "gpu_utilization", "gpu_memory", "skipped_steps", "overflow_steps", "micro_batch",
+    "mfu", "host_wait", "gpu_utilization", "gpu_memory", "skipped_steps", "overflow_steps", "micro_batch",
 ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from stages.params import load_params
 from stages.runtime import prepare_torch, root_folder, run
 
 PREPARED, TOKENS, INDEX, MODEL = (Path("data") / name for name in ("prepared", "tokens", "index", "model"))
+LEXICAL = Path("data/lexical")
 PREDICTIONS, METRICS = Path("data/predictions"), Path("metrics/eval.json")
 TABLE_ROWS = 500
 
@@ -22,6 +23,7 @@ def main() -> None:
     device = prepare_torch(params.runtime)
     from stages.corpus import positions_of, read_rows
     from stages.evaluation import evaluate
+    from stages.hits import read_hits
     from stages.leftovers import drop_finished
     from stages.rag import load_rag_parts, open_rag_on
     from stages.signs import evaluation_signs
@@ -35,11 +37,13 @@ def main() -> None:
     rag = open_rag_on(parts, INDEX, TOKENS, params, device)
     passages = read_rows(PREPARED / "passages.arrow")
     questions = read_rows(PREPARED / f"{settings.split}.arrow")
+    hits = read_hits(LEXICAL, settings.split, params.retriever.hybrid_depth, len(questions), len(passages))
     if settings.num_samples:
         questions = questions.select(range(min(settings.num_samples, len(questions))))
+        hits = hits and hits.select(slice(len(questions)))
 
     position = positions_of(passages, {name for names in questions["positive_ids"] for name in names})
-    metrics, predictions = evaluate(rag, questions, passages, position, settings, params.recipe.marginalization)
+    metrics, predictions = evaluate(rag, questions, passages, position, settings, params.recipe.marginalization, hits)
     verdicts = evaluation_signs(metrics, params.signs)
 
     METRICS.parent.mkdir(exist_ok=True)

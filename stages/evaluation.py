@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from stages import marginalization, scoring
 from stages.decoding import Answer, generate
+from stages.fusion import Hits
 from stages.micro_batches import in_batches
 from stages.params import Evaluate
 from stages.rag import Examples, Rag
@@ -33,7 +34,8 @@ def retrieve(rag: Rag, examples: Examples, depth: int, batch_size: int) -> Found
     wanted, rag.n_docs = rag.n_docs, depth
 
     def search(some: list[int]) -> tuple[Tensor, Tensor]:
-        return rag.retrieve(rag.encode_questions(rag.batch(examples, some)))
+        batch = rag.batch(examples, some)
+        return rag.retrieve(rag.encode_questions(batch), batch.hits)
 
     for found, score in in_batches(len(examples), batch_size, search):
         rows.append(found)
@@ -69,7 +71,13 @@ def answer(
 
 
 def evaluate(
-    rag: Rag, questions: Dataset, passages: Dataset, position: dict[str, int], settings: Evaluate, marginal: str
+    rag: Rag,
+    questions: Dataset,
+    passages: Dataset,
+    position: dict[str, int],
+    settings: Evaluate,
+    marginal: str,
+    hits: Hits | None = None,
 ) -> tuple[dict[str, float], list[dict]]:
     """Scores in percent over all questions, and a row a question for the predictions file.
 
@@ -79,7 +87,7 @@ def evaluate(
     rag.eval()
     device = next(rag.parameters()).device
     golds = list(questions["answers"])
-    examples = rag.examples(list(questions["question"]), [answers[0] for answers in golds]).to(device)
+    examples = rag.examples(list(questions["question"]), [answers[0] for answers in golds], hits).to(device)
 
     started = time.perf_counter()
     depth = max(*RECALL_DEPTHS, rag.n_docs)

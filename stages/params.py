@@ -120,12 +120,45 @@ class Lengths(Section):
     answer_tokens: Annotated[int, Field(ge=2)]
 
 
+class HardNegatives(Section):
+    count: Count
+    steps: Count
+    depth: Positive
+    skip: Count
+
+    @model_validator(mode="after")
+    def _second_round_has_steps_and_passages(self) -> "HardNegatives":
+        where = "retriever.hard_negatives"
+        if self.count and not self.steps:
+            raise ValueError(
+                f"{where}.steps: 0, but {where}.count is {self.count}; give the second round steps or set count to 0"
+            )
+        if self.count and self.depth < self.skip + self.count:
+            raise ValueError(
+                f"{where}.depth: {self.depth} hits cannot hold {where}.skip ({self.skip}) and {where}.count ({self.count}) "
+                "passages; raise depth"
+            )
+        return self
+
+
 class Retriever(Section):
     n_docs: Positive
     steps: Count
     batch_size: Annotated[int, Field(ge=2)]
     learning_rate: Rate
     score_scale: Annotated[float, Field(gt=0)]
+    hybrid_depth: Annotated[int, Field(ge=0, le=1000)]
+    hybrid_weight: Annotated[float, Field(ge=0)]
+    hard_negatives: HardNegatives
+
+    @model_validator(mode="after")
+    def _enough_hits(self) -> "Retriever":
+        if 0 < self.hybrid_depth < self.n_docs:
+            raise ValueError(
+                f"retriever.hybrid_depth: {self.hybrid_depth} hits are fewer than retriever.n_docs ({self.n_docs}); raise it "
+                "or set it to 0"
+            )
+        return self
 
 
 class Index(Section):
@@ -144,6 +177,7 @@ class Train(Section):
     batch_size: Positive
     gradient_accumulation_steps: Positive
     learning_rate: Rate
+    question_encoder_learning_rate: Rate | None
     warmup_steps: Count
     weight_decay: Share
     max_grad_norm: Annotated[float, Field(gt=0)]
@@ -153,6 +187,7 @@ class Train(Section):
     save_steps: Positive
     save_total_limit: Positive
     gradient_checkpointing: bool
+    compile: bool
     halve_on_oom: bool
     max_skipped_steps: Positive
 

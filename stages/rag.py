@@ -23,8 +23,11 @@ from transformers import (
 from stages import manifest, marginalization
 from stages.contexts import TokenStore, assemble_contexts
 from stages.encoders import Encoder, load_encoder, padded_rows
+from stages.fusion import Hits, fuse
 from stages.generators import Generator, generator_from, load_generator, load_saved_generator
 from stages.lora import merge_lora
+from stages.packed_bart import PackedBart
+from stages.packed_causal import PackedCausal
 from stages.params import Lengths, Params
 from stages.search import PassageIndex, doc_scores, load_index
 
@@ -39,6 +42,7 @@ class Examples:
     for_generator: TokenStore  # " // question", without
     targets: Tensor  # [N, T] answer ids, EOS, padding
     target_mask: Tensor  # [N, T]
+    hits: Hits | None = None  # BM25's, where retrieval is hybrid
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -49,6 +53,7 @@ class Examples:
             self.for_generator.to(device),
             self.targets.to(device),
             self.target_mask.to(device),
+            self.hits and self.hits.to(device),
         )
 
 
@@ -61,6 +66,7 @@ class RagBatch(NamedTuple):
     generator_question_lengths: Tensor  # [B]
     targets: Tensor  # [B, T]
     target_mask: Tensor  # [B, T]
+    hits: Hits | None = None
 
 
 class RagOutput(NamedTuple):
@@ -74,16 +80,18 @@ class Rag(nn.Module):
     """The two trained models and, beside them, the fixed passages that they retrieve and read."""
 
     def __init__(self, encoder: Encoder, generator: Generator, index: PassageIndex, passages: TokenStore, n_docs: int,
-                 lengths: Lengths, score_scale: float = 1.0):  # fmt: skip
+                 lengths: Lengths, score_scale: float = 1.0, hybrid_weight: float = 0.0):  # fmt: skip
         super().__init__()
         self.question_encoder = encoder.model
         self.generator_model = generator.model
         self.encoder, self.generator = encoder, generator
         self.index, self.passages = index, passages
-        self.n_docs, self.lengths, self.score_scale = n_docs, lengths, score_scale
+        self.n_docs, self.lengths = n_docs, lengths
+        self.score_scale, self.hybrid_weight = score_scale, hybrid_weight
+        self.packed = packed_likelihood(generator)
 
-    def examples(self, questions: list[str], answers: list[str]) -> Examples:
-        """Tokenizes questions (cut to `lengths.question_tokens`) and their answers."""
+    def examples(self, questions: list[str], answers: list[str], hits: Hits | None = None) -> Examples:
+        """Tokenizes questions (cut to `lengths.question_tokens`) and their answers; `hits` are theirs by BM25."""
         limit = self.lengths.question_tokens
         room = self.lengths.context_tokens - len(self.generator.context_prefix) - len(self.generator.context_suffix)
         for_generator = [row[: min(limit, room)] for row in self.generator.question_tokens(questions)]
@@ -93,27 +101,49 @@ class Rag(nn.Module):
             TokenStore.from_rows(for_generator),
             targets,
             mask,
+            hits,
         )
 
     def batch(self, examples: Examples, rows: list[int]) -> RagBatch:
-        """The named examples, padded to their own longest."""
-        device = examples.targets.device
-        chosen = torch.tensor(rows, device=device)
+        """The named examples, padded to their own longest, on the model's device.
+
+        Examples that stay in the host's memory are put together there: the host then need not wait for a GPU's earlier
+        work to learn how wide a batch is.
+        """
+        chosen = torch.tensor(rows, device=examples.targets.device)
         question_ids, question_mask = padded_rows(
-            examples.for_encoder, chosen, self.encoder.tokenizer.pad_token_id, device
+            examples.for_encoder, chosen, self.encoder.tokenizer.pad_token_id, chosen.device
         )
         asked, lengths = examples.for_generator.padded(
             chosen, self.lengths.question_tokens, self.generator.pad_token_id
         )
         mask = examples.target_mask[chosen]
         width = int(mask.any(0).sum())
-        return RagBatch(question_ids, question_mask, asked, lengths, examples.targets[chosen, :width], mask[:, :width])
+        hits = examples.hits and examples.hits.select(chosen)
+        batch = RagBatch(
+            question_ids, question_mask, asked, lengths, examples.targets[chosen, :width], mask[:, :width], hits
+        )
+        device = next(self.parameters()).device
+        if device.type == "cuda" and chosen.device.type == "cpu":
+            # Only from page-locked memory does a copy join the GPU's queue without emptying it first.
+            return RagBatch(
+                *(part if part is None else part.pin_memory().to(device, non_blocking=True) for part in batch)
+            )
+        return RagBatch(*(part if part is None else part.to(device) for part in batch))
 
-    def retrieve(self, question_vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """The best passages of each question and their scores, with gradient to the questions: [B, K] and [B, K]."""
-        rows = self.index.search(question_vectors.detach(), self.n_docs).to(question_vectors.device)
-        passages = self.index.gather(rows.to(self.index.vectors.device)).to(question_vectors.device)
-        return rows, self.score_scale * doc_scores(question_vectors, passages, rows)
+    def retrieve(self, question_vectors: Tensor, hits: Hits | None = None) -> tuple[Tensor, Tensor]:
+        """The best passages of each question and their scores, with gradient to the questions: [B, K] and [B, K].
+
+        With BM25's `hits` both rankings compete (fusion.py).
+        """
+        device, vectors = question_vectors.device, question_vectors.detach()
+        wanted = self.n_docs if hits is None else max(self.n_docs, hits.rows.shape[1])
+        rows = self.index.search(vectors, wanted).to(device)
+        added = 0.0
+        if hits is not None:
+            rows, added = fuse(self.index, vectors, rows, hits, self.score_scale, self.hybrid_weight, self.n_docs)
+        passages = self.index.gather(rows.to(self.index.vectors.device)).to(device)
+        return rows, self.score_scale * doc_scores(question_vectors, passages, rows) + added
 
     def contexts(self, batch: RagBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and mask [B * K, L] of every question with each of its passages `rows` [B, K]."""
@@ -145,7 +175,7 @@ class Rag(nn.Module):
         vectors = self.encode_questions(batch)
         if retriever_gradient == "none":
             vectors = vectors.detach()
-        rows, scores = self.retrieve(vectors)
+        rows, scores = self.retrieve(vectors, batch.hits)
         input_ids, attention_mask = self.contexts(batch, rows)
         token_lp = self.token_log_probs(batch, input_ids, attention_mask, label_smoothing)
         prior = marginalization.log_prior(scores)
@@ -158,6 +188,10 @@ class Rag(nn.Module):
         """log p(y_t | y_<t, x, z) [B, K, T] of the batch's targets under contexts [B * K, L]."""
         questions = len(batch.targets)
         n_docs = len(input_ids) // questions
+        if self.packed:
+            repeated = [part.repeat_interleave(n_docs, 0) for part in (batch.targets, batch.target_mask)]
+            scored = self.packed.token_log_probs(input_ids, attention_mask, *repeated, label_smoothing)
+            return scored.unflatten(0, (questions, n_docs))
         states = self.generator.encode(input_ids, attention_mask)
         logits = self.generator.logits(states, batch.targets.repeat_interleave(n_docs, 0))
         return marginalization.token_log_probs(
@@ -165,11 +199,18 @@ class Rag(nn.Module):
         )
 
 
+def packed_likelihood(generator: Generator) -> PackedBart | PackedCausal | None:
+    """The generator's likelihood without padding, for the families that have one."""
+    if PackedBart.fits(generator.model.config):
+        return PackedBart(generator.model, *generator.decoder_prefix)
+    return PackedCausal(generator) if PackedCausal.fits(generator.model.config) else None
+
+
 def open_rag(
     encoder: Encoder, generator: Generator, index: PassageIndex, passages: TokenStore, n_docs: int, lengths: Lengths,
-    device: torch.device, score_scale: float = 1.0,
+    device: torch.device, score_scale: float = 1.0, hybrid_weight: float = 0.0,
 ) -> Rag:  # fmt: skip
-    """Puts the pieces together on `device`; scores are `score_scale` times the inner product.
+    """Puts the pieces together on `device`; scores are `score_scale` times the inner product, plus BM25's share.
 
     Raises ValueError where they do not fit each other."""
     if encoder.dimension != index.vectors.shape[1]:
@@ -188,7 +229,8 @@ def open_rag(
             f"{needed} positions, but the generator has {generator.max_positions}"
         )
     on_device = passages.to(device) if device.type == "cuda" else passages
-    return Rag(encoder, generator, index.to(device, together=True), on_device, n_docs, lengths, score_scale).to(device)
+    searched = index.to(device, together=True)
+    return Rag(encoder, generator, searched, on_device, n_docs, lengths, score_scale, hybrid_weight).to(device)
 
 
 def open_rag_on(
@@ -196,8 +238,10 @@ def open_rag_on(
 ) -> Rag:
     """`open_rag` of a question encoder and a generator over the index and the tokens in these folders."""
     searching, retriever = load_index(index, params.index), params.retriever
-    opened = TokenStore.open(tokens)
-    return open_rag(*parts, searching, opened, retriever.n_docs, params.lengths, device, retriever.score_scale)
+    return open_rag(
+        *parts, searching, TokenStore.open(tokens), retriever.n_docs, params.lengths, device, retriever.score_scale,
+        retriever.hybrid_weight,
+    )  # fmt: skip
 
 
 def save_rag(rag: Rag, folder: Path, marginal: str) -> None:

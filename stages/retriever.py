@@ -2,6 +2,7 @@
 
     python -m stages.retriever                      # reads data/prepared, writes data/retriever
     dvc exp run -S retriever.steps=0                # passes the encoders through as they are
+    dvc exp run -S retriever.hard_negatives.count=1 -S retriever.hard_negatives.steps=30    # a second round
 
 Joint training moves the question encoder only, so the context encoder must know its corpus before the index is built.
 """
@@ -24,10 +25,12 @@ def main() -> None:
     from stages.contexts import TokenStore
     from stages.corpus import positions_of, read_rows
     from stages.encoders import load_encoder
+    from stages.mining import HardNegatives, best_hits, tokenize_passages, without_answers
     from stages.outside import find
     from stages.warmup import WarmUp
 
     settings, lengths, models = params.retriever, params.lengths, params.models
+    hard = settings.hard_negatives
     question_encoder, context_encoder = (
         load_encoder(
             str(find(getattr(models, part))), f"models.{part}", as_class, models.pooling, models.normalize,
@@ -51,10 +54,11 @@ def main() -> None:
     position = positions_of(passages, {row["positive_ids"][0] for rows in known.values() for row in rows})
     questions = {}
     for split, rows in known.items():
-        if not rows and settings.steps:
+        if not rows and (settings.steps or hard.count):
             raise ValueError(
                 f"{PREPARED / split}.arrow: no question has a positive passage, the warm-up needs some; name them in "
-                "data.fields.positive_ids, raise data.positives.depth to find them by answer, or set retriever.steps: 0"
+                "data.fields.positive_ids, raise data.positives.depth to find them by answer, or set retriever.steps and "
+                "retriever.hard_negatives.count to 0"
             )
         store = TokenStore.from_rows(
             question_encoder.question_rows([row["question"] for row in rows], lengths.question_tokens)
@@ -68,23 +72,44 @@ def main() -> None:
     passage_store = TokenStore.from_rows(passage_rows)
     gold = {split: torch.tensor([renumbered[passage] for passage in rows]) for split, (_, rows) in questions.items()}
 
-    before = 0.0
-    if known["validation"]:
-        before = warm_up.validate(questions["validation"][0], passage_store, gold["validation"], settings.batch_size)
-    after, loss = before, 0.0
+    def validation_loss() -> float:
+        return warm_up.validate(questions["validation"][0], passage_store, gold["validation"], settings.batch_size)
+
+    before, loss = validation_loss() if known["validation"] else 0.0, 0.0
+    first_round = before
     if settings.steps:
         loss = warm_up.train(
             questions["train"][0], passage_store, gold["train"], steps=settings.steps, batch_size=settings.batch_size,
             learning_rate=settings.learning_rate, seed=params.seed,
         )  # fmt: skip
-        after = warm_up.validate(questions["validation"][0], passage_store, gold["validation"], settings.batch_size)
+        first_round = validation_loss()
+    after, mined = first_round, 0.0
+    if hard.count:
+        store, rows = questions["train"]
+        answers, positive_ids = ([row[key] for row in known["train"]] for key in ("answers", "positive_ids"))
+        everything = tokenize_passages(context_encoder, passages, lengths.passage_tokens)
+        hits = best_hits(question_encoder, context_encoder, store, everything, hard.depth, device)
+        pool = without_answers(hits, answers, positive_ids, passages, hard.skip)
+        negatives = HardNegatives(pool, hard.count)
+        loss = warm_up.train(
+            store, everything, torch.tensor(rows), steps=hard.steps, batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate, seed=params.seed + 1, negatives=negatives,
+        )  # fmt: skip
+        after, mined = validation_loss(), negatives.mean
 
     question_encoder.save(RETRIEVER / "question_encoder")
     context_encoder.save(RETRIEVER / "context_encoder")
-    metrics = {"steps": settings.steps, "train_loss": loss, "val_loss_before": before, "val_loss": after}
+    metrics = {
+        "steps": settings.steps + (hard.steps if hard.count else 0),
+        "train_loss": loss,  # of the last step, in the second round with hard negatives in it
+        "val_loss_before": before,
+        "val_loss_first_round": first_round,
+        "val_loss": after,
+        "hard_negatives_mined": mined,  # a question
+    }
     METRICS.parent.mkdir(exist_ok=True)
     METRICS.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    print(f"in-batch validation loss {before:.3f} -> {after:.3f} nats after {settings.steps} steps")
+    print(f"in-batch validation loss {before:.3f} -> {after:.3f} nats after {metrics['steps']} steps")
 
 
 if __name__ == "__main__":

@@ -68,6 +68,15 @@ def _sqlite_file(uri: str) -> Path | None:
     return Path(file) if file and file != ":memory:" else None
 
 
+def _make_store(uri: str, file: Path) -> None:
+    """A new SQLite store, there whole or not at all: one whose migrations were killed half-way never opens again."""
+    unfinished = file.with_name(f"{file.name}.unfinished")
+    for left in (unfinished, unfinished.with_name(f"{unfinished.name}-journal")):
+        left.unlink(missing_ok=True)
+    MlflowClient(make_url(uri).set(database=str(unfinished)).render_as_string(hide_password=False))
+    os.replace(unfinished, file)
+
+
 def open_run(
     root: Path,
     experiment: str,
@@ -161,6 +170,8 @@ class MlflowRun:
             file.parent.mkdir(parents=True, exist_ok=True)
         # Two processes that migrate one fresh SQLite file at the same time break each other.
         with FileLock(f"{file}.lock", timeout=120) if file else nullcontext():
+            if file and not file.exists():
+                _make_store(uri, file)
             self._client = MlflowClient(uri)
         self.state |= {"root": root, "uri": without_credentials(uri)}
 

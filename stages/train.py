@@ -15,6 +15,7 @@ from stages.params import Params, load_params
 from stages.runtime import prepare_torch, root_folder, run
 
 PREPARED, TOKENS, RETRIEVER, INDEX = (Path("data") / name for name in ("prepared", "tokens", "retriever", "index"))
+LEXICAL = Path("data/lexical")
 MODEL, METRICS, CURVES = Path("data/model"), Path("metrics/train.json"), Path("metrics/curves.csv")
 
 
@@ -23,7 +24,7 @@ def settings_of(params: Params) -> dict:
     return {
         "models": params.models.model_dump(include={"generator", "chat_template", "lora"}),
         "lengths": params.lengths.model_dump(),
-        "retriever": {"n_docs": params.retriever.n_docs, "score_scale": params.retriever.score_scale},
+        "retriever": params.retriever.model_dump(include={"n_docs", "score_scale", "hybrid_depth", "hybrid_weight"}),
         "train": params.train.model_dump(),
         "recipe": params.recipe.model_dump(),
     }
@@ -51,6 +52,7 @@ def train(params: Params, device) -> None:
     from stages.checkpoints import Checkpoints, checkpoint_folder, describe, digest, fingerprint
     from stages.corpus import read_rows
     from stages.curves import Curves, summary
+    from stages.hits import read_hits
     from stages.interrupts import Interrupts
     from stages.lora import add_lora
     from stages.outside import find
@@ -68,18 +70,20 @@ def train(params: Params, device) -> None:
     if params.models.lora:
         add_lora(parts[1].model, params.models.lora)
     rag = rag_model.open_rag_on(parts, INDEX, TOKENS, params, device)
+    if params.train.compile and rag.packed:
+        rag.packed.compile()
     rows = {split: read_rows(PREPARED / f"{split}.arrow") for split in ("passages", "train", "validation")}
-    examples = {
-        split: rag.examples(list(rows[split]["question"]), [answers[0] for answers in rows[split]["answers"]]).to(
-            device
-        )
-        for split in ("train", "validation")
-    }
+    examples = {}
+    for split in ("train", "validation"):
+        some = rows[split]
+        hits = read_hits(LEXICAL, split, params.retriever.hybrid_depth, len(some), len(rows["passages"]))
+        examples[split] = rag.examples(list(some["question"]), [answers[0] for answers in some["answers"]], hits)
 
     root = root_folder()
+    lexical_files = [LEXICAL] if params.retriever.hybrid_depth else []
     generator_files = [base_generator] if base_generator.exists() else []
     description = describe(
-        settings_of(params), [PREPARED, TOKENS, RETRIEVER / "question_encoder", INDEX, *generator_files]
+        settings_of(params), [PREPARED, TOKENS, RETRIEVER / "question_encoder", INDEX, *lexical_files, *generator_files]
     )
     name = fingerprint(description)
     ranks.wait()  # however unequally long the hosts' disks took

@@ -6,6 +6,7 @@ what) comes from recipes.py, the loss from rag.py. A step is an optimizer step.
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -24,9 +25,20 @@ from stages.params import Recipe, Train
 from stages.rag import Examples, Rag
 from stages.recipes import Update, check_ranks, updates
 from stages.skips import Skips, step_unless
+from stages.throughput import DeviceGaps, matrix_rate, training_flop, weights_by_tokens
 
 VALIDATION_BATCH = 16
-SUMS = ("nll", "context_tokens", "prior_entropy", "distinct", "target_tokens", "questions", "forwards")  # of a Window
+SUMS = (
+    "nll",
+    "context_tokens",
+    "prior_entropy",
+    "distinct",
+    "target_tokens",
+    "question_tokens",
+    "scored_tokens",
+    "questions",
+    "forwards",
+)  # of a Window
 
 
 @dataclass
@@ -52,14 +64,17 @@ class Window:
     """Sums since the last logged point, kept on the device so that logging alone waits for it."""
 
     nll: torch.Tensor | float = 0.0
+    question_tokens: torch.Tensor | float = 0.0
     context_tokens: torch.Tensor | float = 0.0
     prior_entropy: torch.Tensor | float = 0.0
     distinct: torch.Tensor | float = 0.0
     target_tokens: torch.Tensor | float = 0.0
+    scored_tokens: torch.Tensor | float = 0.0
     questions: int = 0
     forwards: int = 0
     steps: int = 0
-    host_seconds: float = 0.0
+    waited: float = 0.0  # seconds that the device waited for the host before a checkpoint
+    waits: DeviceGaps | None = None  # and since
     started: float = field(default_factory=time.perf_counter)
 
     def state(self) -> dict:
@@ -77,7 +92,9 @@ class Window:
         self.started = time.perf_counter() - state["started"]
 
 
-def validation_loss(rag: Rag, validation: Examples, marginal: str) -> dict[str, float]:
+def validation_loss(
+    rag: Rag, validation: Examples, marginal: str, batch_size: int = VALIDATION_BATCH
+) -> dict[str, float]:
     """Mean NLL of the validation answers, without label smoothing, per sequence and per answer token, in nats.
 
     A recipe that averages is measured by the RAG-Sequence marginal too: one yardstick for recipes to be compared by.
@@ -94,7 +111,7 @@ def validation_loss(rag: Rag, validation: Examples, marginal: str) -> dict[str, 
         return rag(rag.batch(validation, rows), marginal=measured).nll.double().sum().item()
 
     with torch.no_grad():
-        total = sum(in_batches(len(mine), VALIDATION_BATCH, loss))
+        total = sum(in_batches(len(mine), batch_size, loss))
     rag.index.finish_searches()
     total = ranks.summed({"nll": total})["nll"]
     rag.train(was_training)
@@ -105,12 +122,22 @@ def validation_loss(rag: Rag, validation: Examples, marginal: str) -> dict[str, 
 
 
 def make_optimizer(rag: Rag, settings: Train) -> AdamW:
-    """AdamW (Loshchilov & Hutter 2019) with weight decay on matrices only."""
-    trained = [parameter for parameter in rag.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trained if parameter.dim() > 1], "weight_decay": settings.weight_decay},
-        {"params": [parameter for parameter in trained if parameter.dim() <= 1], "weight_decay": 0.0},
-    ]
+    """AdamW (Loshchilov & Hutter 2019) with weight decay on matrices only; the question encoder's rate may be its own."""
+    parts = [(rag, settings.learning_rate)]
+    if settings.question_encoder_learning_rate is not None:
+        parts = [
+            (rag.generator_model, settings.learning_rate),
+            (rag.question_encoder, settings.question_encoder_learning_rate),
+        ]
+    groups = []
+    for module, rate in parts:
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        matrices = [parameter for parameter in trained if parameter.dim() > 1]
+        others = [parameter for parameter in trained if parameter.dim() <= 1]
+        groups += [
+            {"params": matrices, "weight_decay": settings.weight_decay, "lr": rate},
+            {"params": others, "weight_decay": 0.0, "lr": rate},
+        ]
     return AdamW(groups, lr=settings.learning_rate, fused=next(rag.parameters()).is_cuda)
 
 
@@ -121,6 +148,15 @@ def make_schedule(optimizer, settings: Train) -> LambdaLR:
         optimizer,
         lambda step: (step + 1) / (warmup + 1) if step < warmup else max(0.0, (total - step) / (total - warmup)),
     )
+
+
+def distinct_share(rows: torch.Tensor) -> torch.Tensor:
+    """Distinct over all retrieved passages of `rows` (-1: missing), without waiting for the device."""
+    ordered = rows.flatten().sort().values
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[1:] = ordered[1:] != ordered[:-1]
+    present = ordered >= 0
+    return (first & present).sum() / present.sum().clamp(min=1)
 
 
 def _gpu_use(device: torch.device) -> dict[str, float]:
@@ -155,6 +191,13 @@ class Trainer:
         self.skips = skips or Skips(settings.max_skipped_steps)
         self.skips.overflow = self.accelerator.scaler is not None
         self.keep_threads = keep_threads
+        self.writer, self.writing = ThreadPoolExecutor(max_workers=1), Future()
+        self.writing.set_result(None)
+        self.copies: dict[str, list] = {}  # of the last checkpoint and the last best weights, to be written over
+        self.sizes = weights_by_tokens(rag.question_encoder, rag.generator_model)
+        self.matrix_rate = matrix_rate(
+            device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float)
+        )
 
     def run(
         self, training: Examples, validation: Examples, on_point: Callable[[dict], None],
@@ -170,10 +213,19 @@ class Trainer:
         With several ranks each forwards its share of every update's questions, and all take the same step; rank 0 alone
         calls `on_point`, writes and prints. A signal to any of them stops all.
         """
+        try:
+            self._run(training, validation, on_point, asked_to_stop)
+        finally:
+            self.writing.result()
+
+    def _run(
+        self, training: Examples, validation: Examples, on_point: Callable[[dict], None],
+        asked_to_stop: Callable[[], int | None],
+    ) -> None:  # fmt: skip
         if self._restore_finished():
             self._say(f"trained already, {self.progress.step} steps: the model is written again")
             return
-        window = Window()
+        window = self._window()
         resumed = self._resume(window)  # before its progress is looked at: a checkpoint brings another one
         progress, settings = self.progress, self.settings
         self._agree()
@@ -196,13 +248,14 @@ class Trainer:
             point = {}
             if last or progress.step % settings.logging_steps == 0:
                 point |= self._summary(window, norms)
-                window = Window()
+                window = self._window()
             if last or progress.step % settings.eval_steps == 0:
                 pause = time.perf_counter()
                 point |= self._validate(validation)
                 window.started += time.perf_counter() - pause
                 bar.set_postfix_str(f"val loss {point['val_loss_per_sequence']:.3f}")
             if point:
+                window.waits.opened = None  # validating and logging are no waiting for the host
                 self._point({"step": progress.step, "questions_seen": progress.questions_seen, **point}, on_point)
             stop = ranks.most(asked_to_stop() or 0)
             if self.checkpoints and not last and (stop or progress.step % settings.save_steps == 0):
@@ -236,8 +289,20 @@ class Trainer:
         kept = "the same command goes on from there" if self.checkpoints else "nothing is kept"
         raise Interrupted(number, f"interrupted at step {self.progress.step} of {self.settings.max_steps}; {kept}")
 
+    def _write(self, write: Callable, step: int, state: list, *what) -> None:
+        """Writes a copy of `state` beside the steps to come: a disk takes half a minute for BART-large and its optimizer.
+
+        One at a time, or copies would pile up in memory; what went wrong with the last one is raised here.
+        """
+        self.writing.result()
+        copies = checkpointing.snapshot(state, self.copies.get(write.__name__))
+        self.copies[write.__name__] = copies
+        self.writing = self.writer.submit(write, step, *copies, *what)
+
     def _finish(self) -> None:
         """Brings back the weights that the recipe keeps, and keeps them until DVC has taken the model."""
+        self.writing.result()
+        ranks.wait()  # until rank 0 has written what all read
         if self.recipe.checkpoints == "best":
             checkpointing.load_weights(self.rag, self.checkpoints.best(self.progress.best_step))
         ranks.wait()  # until all have read what rank 0 replaces
@@ -271,9 +336,13 @@ class Trainer:
         if not self.accelerator.optimizer_step_was_skipped:  # fp16's loss scaling drops steps that overflow
             self.schedule.step()
         self.optimizer.zero_grad()
+        window.waits.open()  # again: the optimizer's work is no waiting
         self.progress.step += 1
         window.steps += 1
         return norms
+
+    def _window(self) -> Window:
+        return Window(waits=DeviceGaps(self.accelerator.device))
 
     def _accumulate_all(self, training: Examples, update: Update, window: Window) -> None:
         """The gradients of an update; where memory runs out, anew from zero in forward passes of half the size.
@@ -322,9 +391,10 @@ class Trainer:
         self.skips.note(self.progress.step + 1, rows, bad, self.progress)
 
     def _accumulate(self, training: Examples, rows: list[int], divisor: int, window: Window) -> None:
-        before = time.perf_counter()
+        if window.waits.opened is None:
+            window.waits.open()
         batch = self.rag.batch(training, rows)
-        window.host_seconds += time.perf_counter() - before
+        window.waits.close()
         output = self.model(
             batch,
             marginal=self.recipe.marginalization,
@@ -333,13 +403,15 @@ class Trainer:
         )
         self.accelerator.backward(output.nll.sum() / divisor)
         window.nll += output.nll.detach().sum()
+        window.question_tokens += batch.question_mask.sum()
         window.context_tokens += output.context_tokens
         window.target_tokens += batch.target_mask.sum()
+        window.scored_tokens += batch.target_mask.sum() * output.rows.shape[1]
         window.prior_entropy += marginalization.normalized_entropy(output.log_prior).sum()
-        present = output.rows[output.rows >= 0]
-        window.distinct += present.unique().numel() / max(1, present.numel())
+        window.distinct += distinct_share(output.rows)
         window.questions += len(rows)
         window.forwards += 1
+        window.waits.open()
 
     def _gradient_norms(self) -> dict[str, torch.Tensor]:
         self.accelerator.unscale_gradients()
@@ -364,24 +436,30 @@ class Trainer:
             "distinct_passages": float(sums["distinct"]) / sums["forwards"],
         }
         seconds = time.perf_counter() - window.started  # read after the values above have waited for the device
+        flop = training_flop(
+            self.sizes, *(float(sums[kind]) for kind in ("question_tokens", "context_tokens", "scored_tokens"))
+        )
         self.progress.training_seconds += seconds
         return values | {
             "seconds_per_step": seconds / window.steps,
             "seconds_per_batch": seconds / max(1, window.forwards),  # this rank's
             "questions_per_second": sums["questions"] / seconds,
             "tokens_per_second": (float(sums["context_tokens"]) + float(sums["target_tokens"])) / seconds,
-            "host_wait": window.host_seconds / seconds,
+            "mfu": flop / seconds / (self.matrix_rate * ranks.world()),
+            "host_wait": (window.waited + window.waits.seconds()) / seconds,
             **_gpu_use(self.accelerator.device),
         }
 
     def _validate(self, validation: Examples) -> dict[str, float]:
-        losses = validation_loss(self.rag, validation, self.recipe.marginalization)
+        losses = validation_loss(
+            self.rag, validation, self.recipe.marginalization, max(VALIDATION_BATCH, self.settings.batch_size)
+        )
         if losses["val_loss_per_sequence"] < self.progress.best_loss:
             self.progress.best_loss = losses["val_loss_per_sequence"]
             self.progress.best_step = self.progress.step
             if self.checkpoints and self.recipe.checkpoints == "best":
                 if ranks.is_main():
-                    self.checkpoints.save_best(self.progress.step, checkpointing.own_weights(self.rag))
+                    self._write(self.checkpoints.save_best, self.progress.step, [checkpointing.own_tensors(self.rag)])
                 ranks.wait()
         return losses
 
@@ -395,10 +473,12 @@ class Trainer:
         self.skips.settle(self.progress)
         sums = ranks.summed({name: getattr(window, name) for name in SUMS})
         if ranks.is_main():
-            self._write(window.state() | (sums if ranks.world() > 1 else {}))
+            window.waited += window.waits.seconds()
+            window.waits.gaps.clear()
+            self._write_step(window.state() | (sums if ranks.world() > 1 else {}))
         ranks.wait()
 
-    def _write(self, window: dict) -> None:
+    def _write_step(self, window: dict) -> None:
         state = {
             "progress": vars(self.progress),
             "window": window,
@@ -410,7 +490,7 @@ class Trainer:
             "ranks": ranks.world(),
         }
         best = self.progress.best_step if self.recipe.checkpoints == "best" else None
-        self.checkpoints.save(self.progress.step, checkpointing.own_weights(self.rag), state, best)
+        self._write(self.checkpoints.save, self.progress.step, [checkpointing.own_tensors(self.rag), state], best)
 
     def _resume(self, window: Window) -> bool:
         found = self.checkpoints.latest() if self.checkpoints else None

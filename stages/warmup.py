@@ -1,4 +1,7 @@
-"""Warming up the two encoders on questions and their gold passages, with in-batch negatives (Karpukhin et al. 2020)."""
+"""Warming up the two encoders on questions and their gold passages, with in-batch negatives (Karpukhin et al. 2020).
+
+A second round adds hard negatives, which mining.py finds.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -8,20 +11,23 @@ from tqdm import tqdm
 
 from stages.contexts import TokenStore
 from stages.encoders import Encoder, padded_rows
+from stages.mining import HardNegatives
 from stages.recipes import epoch_order
 
 
 def in_batch_loss(
-    questions: torch.Tensor, passages: torch.Tensor, gold: torch.Tensor, score_scale: float = 1.0
+    questions: torch.Tensor, passages: torch.Tensor, rows: torch.Tensor, score_scale: float = 1.0
 ) -> torch.Tensor:
-    """Mean cross-entropy of each question's own passage among all passages of the batch; vectors [B, d], gold [B].
+    """Mean cross-entropy of each question's own passage among all passages of the batch, in nats.
 
-    Two questions about one passage must not push it away from each other: such columns are left out.
+    `questions` [B, d] are vectors, `passages` [B + M, d] those of their own passages in the same order and of M hard
+    negatives of any of them; `rows` [B + M] say which passage of the corpus each is. No question may push its own
+    passage away because another question is about it, too, or took it for a negative: such columns are left out.
     """
     scores = score_scale * (questions.float() @ passages.float().T)
-    same = gold[:, None] == gold[None, :]
+    same = rows[: len(questions), None] == rows[None, :]
     same.fill_diagonal_(False)
-    return F.cross_entropy(scores.masked_fill(same, float("-inf")), torch.arange(len(gold), device=scores.device))
+    return F.cross_entropy(scores.masked_fill(same, float("-inf")), torch.arange(len(questions), device=scores.device))
 
 
 class WarmUp:
@@ -35,27 +41,36 @@ class WarmUp:
         for encoder in (question_encoder, context_encoder):
             encoder.model.to(device)
 
-    def loss(self, questions: TokenStore, passages: TokenStore, rows: torch.Tensor, gold: torch.Tensor) -> torch.Tensor:
-        """In-batch loss of the questions `rows` [B] whose passages are `gold` [B]."""
+    def loss(
+        self, questions: TokenStore, passages: TokenStore, rows: torch.Tensor, wanted: torch.Tensor
+    ) -> torch.Tensor:
+        """In-batch loss of the questions `rows` [B] over the passages `wanted` [B + M]: their own, then hard negatives."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             vectors = []
-            for encoder, store, wanted in (
-                (self.question_encoder, questions, rows), (self.context_encoder, passages, gold)
+            for encoder, store, chosen in (
+                (self.question_encoder, questions, rows), (self.context_encoder, passages, wanted)
             ):  # fmt: skip
-                ids, mask = padded_rows(store, wanted, encoder.tokenizer.pad_token_id, self.device)
+                ids, mask = padded_rows(store, chosen, encoder.tokenizer.pad_token_id, self.device)
                 vectors.append(encoder.embed(ids, mask))
-        return in_batch_loss(vectors[0], vectors[1], gold.to(self.device), self.score_scale)
+        return in_batch_loss(vectors[0], vectors[1], wanted.to(self.device), self.score_scale)
 
     def train(self, questions: TokenStore, passages: TokenStore, positives: torch.Tensor, *, steps: int, batch_size: int,
-              learning_rate: float, seed: int) -> float:  # fmt: skip
-        """Takes `steps` steps in place; `positives` [N] names a row of `passages` for each question. Returns the last loss."""
+              learning_rate: float, seed: int, negatives: HardNegatives | None = None) -> float:  # fmt: skip
+        """Takes `steps` steps in place; `positives` [N] names a row of `passages` for each question. Returns the last loss.
+
+        `negatives` name rows of `passages`, too, and are drawn anew in each step.
+        """
         models = [self.question_encoder.model, self.context_encoder.model]
         parameters = [parameter for model in models for parameter in model.parameters()]
-        optimizer = AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+        fused = True if self.device.type == "cuda" else None
+        optimizer = AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=fused)
         warmup = max(1, steps // 10)
         schedule = LambdaLR(optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup)))
         for model in models:
             model.train()
+        # Gathered on the device: a padded batch copied there would make the host wait for all that is queued before it.
+        questions, passages = (TokenStore(s.tokens.to(self.device), s.offsets) for s in (questions, passages))
+        drawing = torch.Generator().manual_seed(seed)
         order: list[int] = []
         epoch, loss = 0, torch.zeros(())
         bar = tqdm(range(steps), desc="warm up the retriever", unit=" steps")
@@ -63,7 +78,10 @@ class WarmUp:
             if len(order) < batch_size:
                 order, epoch = order + epoch_order(len(questions), seed, epoch), epoch + 1
             rows, order = torch.tensor(order[:batch_size]), order[batch_size:]
-            loss = self.loss(questions, passages, rows, positives[rows])
+            wanted = positives[rows]
+            if negatives is not None:
+                wanted = torch.cat([wanted, negatives.draw(rows, drawing)])
+            loss = self.loss(questions, passages, rows, wanted)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()

@@ -7,7 +7,9 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     LlamaConfig,
+    MistralConfig,
     Qwen2Config,
+    Qwen3Config,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -29,6 +31,8 @@ CAUSAL = {
     ),
     "llama": LlamaConfig(**LLAMA),
     "qwen2": Qwen2Config(tie_word_embeddings=True, **LLAMA),
+    "qwen3": Qwen3Config(head_dim=8, **LLAMA),
+    "mistral": MistralConfig(head_dim=8, sliding_window=None, **LLAMA),
 }
 
 

@@ -82,6 +82,19 @@ def test_numbers_that_a_tool_wrote_as_text_are_numbers(tmp_path, key, value, exp
         ("train.batch_size", -1, "train.batch_size"),
         ("train.label_smoothing", 1.0, "train.label_smoothing:.*less than 1"),
         ("retriever.n_docs", 0, "retriever.n_docs"),
+        (
+            "retriever.hard_negatives.count",
+            1,
+            "retriever.hard_negatives.steps: 0, but .*count is 1; give .* or set count to 0",
+        ),
+        (
+            "retriever.hybrid_depth",
+            3,
+            "retriever.hybrid_depth: 3 hits are fewer than retriever.n_docs .5.; raise it or set it",
+        ),
+        ("retriever.hybrid_weight", -0.1, "retriever.hybrid_weight:.*greater than or equal to 0"),
+        ("retriever.hard_negatives.count", -1, "retriever.hard_negatives.count:.*greater than or equal to 0"),
+        ("retriever.hard_negatives.depth", 0, "retriever.hard_negatives.depth:.*greater than or equal to 1"),
         ("index.nprobe", 0, "index.nprobe:.*greater than or equal to 1"),
         ("index.ef_search", -1, "index.ef_search:.*greater than or equal to 1"),
         ("index.train_size", 10, "index.train_size:.*greater than or equal to 256"),
@@ -111,6 +124,17 @@ def test_a_recipe_that_would_never_update_is_refused(tmp_path):
     values = yaml.safe_load(SHIPPED)
     values["train"] |= {"recipe": "old", "batch_size": 2, "gradient_accumulation_steps": 16}
     with pytest.raises(ValueError, match="train.batch_size: 2 .*recipes.old.accumulation.*no update"):
+        load(tmp_path, yaml.safe_dump(values))
+
+
+def test_fewer_hits_than_hard_negatives_are_refused(tmp_path):
+    values = yaml.safe_load(SHIPPED)
+    values["retriever"]["hard_negatives"] = {"count": 2, "steps": 5, "depth": 4, "skip": 2}
+    assert load(tmp_path, yaml.safe_dump(values)).retriever.hard_negatives.skip == 2
+    values["retriever"]["hard_negatives"]["skip"] = 3
+    with pytest.raises(
+        ValueError, match=r"params.yaml: retriever.hard_negatives.depth: 4 hits cannot hold .*raise depth"
+    ):
         load(tmp_path, yaml.safe_dump(values))
 
 

@@ -199,3 +199,27 @@ def test_a_temporary_experiment_leaves_its_run_and_can_be_applied(project):
     assert json.loads((project / "metrics/train.json").read_text())["steps"] == 6
     run(project, "dvc", "exp", "branch", "warm", "kept")
     assert "kept" in run(project, "git", "branch").stdout
+
+
+def test_hybrid_retrieval_reruns_what_it_changes_and_answers_new_questions(project):
+    file = project / "params.yaml"
+    before = file.read_text(encoding="utf-8")
+    file.write_text(before.replace("hybrid_depth: 0", "hybrid_depth: 25"), encoding="utf-8")
+    done = run(project, "dvc", "repro")
+    assert {"lexical", "train", "evaluate"} <= set(ran(done.stdout)) and not {"prepare", "index"} & set(
+        ran(done.stdout)
+    )
+    metrics = json.loads((project / "metrics/lexical.json").read_text())
+    assert metrics["depth"] == 25 and metrics["recall_at_20"] > 20  # airports are asked for by their names
+    asked = run(project, "python", "-m", "stages.ask", "Which country is Warsaw Modlin Airport in?")
+    assert "posterior" in asked.stdout
+    run(project, "python", "-m", "stages.recall", "--split", "test", "--weights", "0", "1", "--out", "recall.json")
+    recall = json.loads((project / "recall.json").read_text())
+    assert recall["hybrid_0"] == recall["dense"] and recall["bm25"]["recall_at_20"] == metrics["recall_at_20"]
+    assert (
+        recall["hybrid_1"]["recall_at_20"] >= recall["hybrid_1"]["recall_at_5"] >= recall["hybrid_1"]["recall_at_1"] > 0
+    )
+    (project / "data/lexical/test_rows.npy").write_bytes(b"")
+    broken = run(project, "python", "-m", "stages.evaluate", check=False)
+    assert broken.returncode == 1 and "data/lexical: damaged (test_rows.npy" in broken.stderr
+    file.write_text(before, encoding="utf-8")

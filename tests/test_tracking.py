@@ -468,6 +468,27 @@ def test_four_processes_on_a_fresh_store(root):
     assert {run.info.status for run in found} == {"FINISHED"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("pause", [0.05, 0.4, 0.8])
+def test_killed_while_it_makes_the_store(root, pause):
+    """MLflow's migrations are many statements; SQLite keeps those that were done."""
+    (root / "mlflow.db").unlink()
+    process = python(root, RUN, "1")
+    while not list(root.glob("mlflow.db.unfinished")):
+        assert process.poll() is None
+        time.sleep(0.005)
+    time.sleep(pause)
+    assert not (root / "mlflow.db").exists()
+    process.kill()
+    process.communicate()
+    again = python(root, RUN, "1")
+    assert again.communicate(timeout=300) == ("", "") and again.returncode == 0
+    # The killed process had closed its run in the journal already: that one is sent too.
+    found = [(run.data.metrics, run.info.status) for run in runs(local_client(root))]
+    assert found == [({"loss": 1.0}, "FINISHED")] * 2
+    assert not list(root.glob("mlflow.db.unfinished*"))
+
+
 @pytest.fixture
 def server(root):
     """Starts `mlflow server` on a port when called with it."""

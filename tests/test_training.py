@@ -2,6 +2,7 @@
 
 import copy
 import signal
+import threading
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from stages import recipes
 from stages.checkpoints import Checkpoints
 from stages.interrupts import Interrupted
-from stages.training import Trainer, validation_loss
+from stages.training import Trainer, make_optimizer, validation_loss
 
 
 def run(recipe=NEW, folder=None, on_point=lambda point: None, rag=None, **settings):
@@ -54,6 +55,15 @@ def test_gradient_checkpointing_changes_nothing_but_memory(sgd):
     assert_same_weights(plain, recomputed, 1e-6)
     start = tiny_rag().state_dict()
     assert any((value - start[name]).abs().max() > 1e-5 for name, value in weights(recomputed).items())
+
+
+def test_the_question_encoder_may_learn_at_its_own_rate():
+    rag = tiny_rag()
+    optimizer = make_optimizer(rag, SETTINGS.model_copy(update={"question_encoder_learning_rate": 1e-5}))
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert {rates[id(p)] for p in rag.question_encoder.parameters()} == {1e-5}
+    assert {rates[id(p)] for p in rag.generator_model.parameters()} == {SETTINGS.learning_rate}
+    assert len(rates) == len(list(rag.parameters()))
 
 
 # Nine questions: a step of 8 and, at the epoch's end, one of a single question.
@@ -234,3 +244,37 @@ def test_a_resumed_run_computes_with_the_threads_that_it_began_with(tmp_path, ca
     monkeypatch.setattr(torch, "set_num_threads", given.append)
     run(NEW, tmp_path)
     assert given == [2] and "2 threads, as before" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_of_its_step_however_late_the_disk_takes_it(tmp_path, monkeypatch):
+    save, steps_went_on = Checkpoints.save, threading.Event()
+
+    def late(self, step, *what):
+        assert step != 2 or steps_went_on.wait(30)
+        return save(self, step, *what)
+
+    settings = {"max_steps": 5, "save_steps": 2, "eval_steps": 9}
+    keep = NEW.model_copy(update={"checkpoints": "last"})
+    monkeypatch.setattr(Checkpoints, "finish", lambda self, *what: None)  # which would take the others away
+    run(keep, tmp_path / "prompt", **settings)
+    monkeypatch.setattr(Checkpoints, "save", late)
+    run(keep, tmp_path / "late", on_point=lambda point: point["step"] == 3 and steps_went_on.set(), **settings)
+    for name in ("step-00000002", "step-00000004"):
+        prompt, later = (
+            torch.load(tmp_path / where / name / "state.pt", weights_only=True) for where in ("prompt", "late")
+        )
+        moments = [state["optimizer"]["state"] for state in (prompt, later)]
+        assert all(torch.equal(one["exp_avg"], moments[1][key]["exp_avg"]) for key, one in moments[0].items())
+        assert prompt["progress"]["step"] == later["progress"]["step"] == int(name[-1])
+        assert len(prompt["progress"]["history"]) == len(later["progress"]["history"])
+        kept = [(tmp_path / where / name / "weights.safetensors").read_bytes() for where in ("prompt", "late")]
+        assert kept[0] == kept[1]
+
+
+def test_a_disk_that_fails_behind_the_steps_stops_the_training(tmp_path, monkeypatch):
+    def full(self, *what):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Checkpoints, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(NEW, tmp_path, max_steps=3, save_steps=1)

@@ -1,0 +1,61 @@
+"""Benchmarks that anyone can repeat: random weights of real shapes, nothing downloaded, one line of JSON at the end.
+
+    python -m stages.bench train --against transformers            # seconds per optimizer step, memory, MFU
+    python -m stages.bench train --recipe old                      # the same under the old recipe
+    python -m stages.bench index                                   # passages encoded per second
+    python -m stages.bench search                                  # exact search
+    python -m stages.bench decode --against transformers           # thorough decoding, questions per second
+    python -m stages.bench scale --passages 10000 100000           # the real stages over synthetic passages
+
+Each figure is a median over several runs after a warm-up; what it is compared with runs in the same process. Sizes are
+those of the README's table (`--shapes large`); `--shapes tiny` runs in a minute on two CPU cores.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from stages.params import Runtime
+from stages.runtime import prepare_torch, run
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m stages.bench", description="Benchmarks on random weights.")
+    made.add_argument("mode", choices=("train", "index", "search", "decode", "scale"))
+    made.add_argument("--shapes", choices=("large", "smollm2", "tiny"), default="large")
+    made.add_argument("--against", choices=("transformers",), help="measure transformers' own path beside it")
+    made.add_argument("--passages", type=int, nargs="+", default=[200_000], help="passages; scale takes several")
+    made.add_argument("--questions", type=int, default=256, help="questions to decode")
+    made.add_argument("--n-docs", type=int, default=5)
+    made.add_argument("--batch", default="32x1", help="questions a forward pass x passes a step; 2x16 is the README's")
+    made.add_argument("--recipe", choices=("new", "old"), default="new")
+    made.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto")
+    made.add_argument("--steps", type=int, default=10, help="optimizer steps a run")
+    made.add_argument("--runs", type=int, default=5, help="timed runs after the warm-up")
+    made.add_argument("--num-beams", type=int, default=4)
+    made.add_argument("--answer-tokens", type=int, default=10, help="most tokens of a decoded answer")
+    made.add_argument("--compiled", action="store_true", help="torch.compile the layers (a minute of warm-up)")
+    made.add_argument("--batch-tokens", type=int, default=65536, help="padded tokens encoded at once (index)")
+    made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    made.add_argument("--threads", type=int, default=0)
+    made.add_argument("--out", type=Path, help="write the JSON here too")
+    return made
+
+
+def main() -> None:
+    options = parser().parse_args()
+
+    device = prepare_torch(Runtime(device=options.device, threads=options.threads))
+    from stages import measuring
+
+    results = {"mode": options.mode, "shapes": options.shapes, **measuring.machine(device)}
+    results |= getattr(measuring, f"bench_{options.mode}")(options, device)
+    text = json.dumps(results, indent=2)
+    if options.out:
+        options.out.write_text(text + "\n", encoding="utf-8")
+    sys.stdout.write(text + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,55 @@
+"""Reading what the lexical stage wrote: BM25's hits of a split, and BM25 itself for new questions."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from stages import manifest
+from stages.fusion import Hits
+
+DEPTH = "lexical.json"
+REMEDY = "run `dvc repro --force lexical`"
+
+
+def read_hits(folder: Path, split: str, depth: int, questions: int, passages: int) -> Hits | None:
+    """The hits of all questions of a split; None where retrieval is dense alone (depth 0).
+
+    Raises ValueError where they are missing, damaged or not those of `questions` questions over `passages` passages.
+    """
+    if not depth:
+        return None
+    names = (f"{split}_rows.npy", f"{split}_scores.npy")
+    check(folder, depth, (DEPTH, *names))
+    try:
+        rows, scores = (np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in names)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{folder}: damaged ({str(error).splitlines()[0]}); {REMEDY}") from None
+    if rows.shape != (questions, depth) or rows.shape != scores.shape or (rows >= passages).any():
+        raise ValueError(
+            f"{folder}: hits of {len(rows)} {split} questions to a depth of {rows.shape[-1]}, but there are {questions} "
+            f"questions over {passages} passages and retriever.hybrid_depth is {depth}; {REMEDY}"
+        )
+    return Hits(torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(np.array(scores)))
+
+
+def find_hits(folder: Path, questions: list[str], depth: int) -> Hits | None:
+    """BM25's hits of new questions; None where retrieval is dense alone."""
+    if not depth:
+        return None
+    from stages import bm25  # its library takes a second to import, which dense retrieval need not wait for
+
+    check(folder, depth, None)
+    rows, scores = bm25.search(bm25.load(folder / "index"), questions, depth)
+    return Hits(torch.from_numpy(rows), torch.from_numpy(scores))
+
+
+def check(folder: Path, depth: int, names: tuple[str, ...] | None) -> None:
+    """Raises ValueError where the stage has not run, not for this depth, or one of its files is damaged (None: of all)."""
+    if not (folder / DEPTH).is_file():
+        raise ValueError(f"{folder / DEPTH}: not found; run `dvc repro` (or python -m stages.lexical) first")
+    manifest.check(folder, names, REMEDY)
+    found = json.loads((folder / DEPTH).read_text(encoding="utf-8"))["depth"]
+    if found != depth:
+        raise ValueError(f"{folder}: made for a depth of {found}, but retriever.hybrid_depth is {depth}; {REMEDY}")

@@ -1,0 +1,69 @@
+"""Stage 2b: what BM25 finds for every question, where retrieval is to be hybrid (retriever.hybrid_depth above 0).
+
+    python -m stages.lexical                        # reads data/prepared, writes data/lexical
+    dvc exp run -S retriever.hybrid_depth=64        # hybrid retrieval in training and evaluation
+
+Words and their weights do not change while encoders learn: the hits are found once. The BM25 index itself is kept for
+questions to come (python -m stages.ask).
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from stages.params import load_params
+from stages.runtime import run
+
+PREPARED, LEXICAL, METRICS = Path("data/prepared"), Path("data/lexical"), Path("metrics/lexical.json")
+K1, B = 0.9, 0.4  # Anserini's for passages of a hundred words
+RECALL_DEPTHS = (1, 5, 20)
+
+
+def main() -> None:
+    params = load_params()
+    depth = params.retriever.hybrid_depth
+    work = LEXICAL.with_name(f"{LEXICAL.name}.unfinished")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    metrics = {"depth": depth}
+    if depth:
+        metrics |= find_hits(work, depth, params.runtime.threads or len(os.sched_getaffinity(0)))
+
+    from stages import manifest
+
+    manifest.write_json(work / "lexical.json", {"depth": depth})
+    manifest.record_folder(work)
+    manifest.put_in_place(work, LEXICAL)
+    METRICS.parent.mkdir(exist_ok=True)
+    METRICS.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def find_hits(folder: Path, depth: int, processes: int) -> dict[str, float]:
+    """Writes every split's hits; returns how often a gold passage of the test questions is among the first k, in percent."""
+    import numpy as np
+
+    from stages import bm25
+    from stages.corpus import positions_of, read_rows
+    from stages.scoring import recall_at
+
+    passages = read_rows(PREPARED / "passages.arrow")
+    splits = {name: read_rows(PREPARED / f"{name}.arrow") for name in ("train", "validation", "test")}
+    questions = [question for rows in splits.values() for question in rows["question"]]
+    (folder / "index").mkdir()
+    shards = bm25.save(bm25.shards_of(passages, K1, B), folder / "index")
+    rows, scores = bm25.search(shards, questions, depth, processes)
+    ends = np.cumsum([len(split) for split in splits.values()])[:-1]
+    for name, some, their_scores in zip(splits, np.split(rows, ends), np.split(scores, ends), strict=True):
+        np.save(folder / f"{name}_rows.npy", some.astype(np.int32))
+        np.save(folder / f"{name}_scores.npy", their_scores)
+
+    named = splits["test"]["positive_ids"]
+    position = positions_of(passages, {name for names in named for name in names})
+    golds = [[position[name] for name in names if name in position] for names in named]
+    found = [[row in gold for row in some] for gold, some in zip(golds, rows[ends[-1] :].tolist(), strict=True) if gold]
+    return {f"recall_at_{k}": recall_at(found, k) for k in RECALL_DEPTHS if k <= depth}
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,120 @@
+"""BART without padding: contexts and answers run through its layers packed (packing.py).
+
+The modules and weights are the library's (transformers.models.bart.modeling_bart); only the way from layer to layer is
+written here, because theirs goes over padded rows.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from stages import marginalization
+from stages.packing import Packing, attention
+
+# Most logits to hold at once in the loss: 2**26 are 0.25 GB in fp32. More are computed again in the backward pass.
+LOGITS_AT_ONCE = 2**26
+
+
+def _attend(module: nn.Module, asking_states: Tensor, asked_states: Tensor, asking, asked, causal=False) -> Tensor:
+    query, key, value = (
+        project(states).unflatten(-1, (module.num_heads, -1))
+        for project, states in (
+            (module.q_proj, asking_states),
+            (module.k_proj, asked_states),
+            (module.v_proj, asked_states),
+        )
+    )
+    mixed = attention(query, key, value, asking, asked, module.dropout if module.training else 0.0, causal)
+    return module.out_proj(mixed.flatten(1))
+
+
+def _feed_forward(layer: nn.Module, states: Tensor) -> Tensor:
+    inner = layer.activation_fn(layer.fc1(states))
+    return layer.fc2(F.dropout(inner, layer.activation_dropout, layer.training))
+
+
+def encoder_layer(layer: nn.Module, states: Tensor, tokens: Packing) -> Tensor:
+    """One layer of BartEncoder over packed states [tokens, H]."""
+    mixed = _attend(layer.self_attn, states, states, tokens, tokens)
+    states = layer.self_attn_layer_norm(states + F.dropout(mixed, layer.dropout, layer.training))
+    inner = _feed_forward(layer, states)
+    return layer.final_layer_norm(states + F.dropout(inner, layer.dropout, layer.training))
+
+
+def decoder_layer(layer: nn.Module, states: Tensor, contexts: Tensor, answers: Packing, tokens: Packing) -> Tensor:
+    """One layer of BartDecoder over packed answers [answer tokens, H], each row reading the context of its number."""
+    mixed = _attend(layer.self_attn, states, states, answers, answers, causal=True)
+    states = layer.self_attn_layer_norm(states + F.dropout(mixed, layer.dropout, layer.training))
+    mixed = _attend(layer.encoder_attn, states, contexts, answers, tokens)
+    states = layer.encoder_attn_layer_norm(states + F.dropout(mixed, layer.dropout, layer.training))
+    inner = _feed_forward(layer, states)
+    return layer.final_layer_norm(states + F.dropout(inner, layer.dropout, layer.training))
+
+
+class PackedBart:
+    """The likelihood of answers under contexts by a BartForConditionalGeneration, without padding anywhere.
+
+    `prefix` is the one token that its decoder starts from.
+    """
+
+    def __init__(self, model: nn.Module, prefix: int):
+        self.model, self.prefix = model, prefix
+        self.encoder_layer, self.decoder_layer = encoder_layer, decoder_layer
+
+    def compile(self) -> None:
+        """Fuses what lies between matrix products. One graph serves all layers of a kind and any number of tokens."""
+        self.encoder_layer = torch.compile(encoder_layer, dynamic=True)
+        self.decoder_layer = torch.compile(decoder_layer, dynamic=True)
+
+    @staticmethod
+    def fits(config) -> bool:
+        """Whether a model of this configuration can be packed: BART without LayerDrop."""
+        return config.model_type == "bart" and not config.encoder_layerdrop and not config.decoder_layerdrop
+
+    def token_log_probs(
+        self, input_ids: Tensor, attention_mask: Tensor, targets: Tensor, target_mask: Tensor,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:  # fmt: skip
+        """log p(target) [R, T] in fp32 under contexts [R, L], zero where `target_mask` [R, T] is false.
+
+        Only real answer positions reach the decoder and the vocabulary.
+        """
+        # Both before anything is computed with them: the host waits for the device here and nowhere below.
+        tokens, answers = Packing.of(attention_mask), Packing.of(target_mask)
+        contexts = self._embed(self.model.model.encoder, tokens.pack(input_ids), tokens)
+        for layer in self.model.model.encoder.layers:
+            contexts = self._through(self.encoder_layer, layer, contexts, tokens)
+        read = F.pad(targets[:, :-1], (1, 0), value=self.prefix)
+        states = self._embed(self.model.model.decoder, answers.pack(read), answers)
+        for layer in self.model.model.decoder.layers:
+            states = self._through(self.decoder_layer, layer, states, contexts, answers, tokens)
+        return answers.unpack(self._score(states, answers.pack(targets), label_smoothing))
+
+    def _through(self, run: Callable, layer: nn.Module, *inputs) -> Tensor:
+        if self.model.model.encoder.gradient_checkpointing and self.model.training:
+            return checkpoint(run, layer, *inputs, use_reentrant=False)
+        return run(layer, *inputs)
+
+    @staticmethod
+    def _embed(stack: nn.Module, ids: Tensor, packing: Packing) -> Tensor:
+        position = F.embedding(packing.positions + stack.embed_positions.offset, stack.embed_positions.weight)
+        states = stack.layernorm_embedding(stack.embed_tokens(ids) + position)
+        return F.dropout(states, stack.dropout, stack.training)
+
+    def _score(self, states: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+        def score(states: Tensor, targets: Tensor) -> Tensor:
+            logits = self.model.lm_head(states) + self.model.final_logits_bias
+            return marginalization.token_log_probs(logits[None, None], targets[None], label_smoothing)[0, 0]
+
+        rows = max(1, LOGITS_AT_ONCE // self.model.config.vocab_size)
+        if len(states) <= rows:
+            return score(states, targets)
+        return torch.cat(
+            [
+                checkpoint(score, *pair, use_reentrant=False, preserve_rng_state=False)
+                for pair in zip(states.split(rows), targets.split(rows), strict=True)
+            ]
+        )

@@ -1,0 +1,44 @@
+"""MFU's numerator against torch's own count of what a step multiplied; the shares logged beside it."""
+
+import pytest
+import torch
+from tiny_rag import ANSWERS, QUESTIONS, tiny_rag
+from torch.utils.flop_counter import FlopCounterMode
+
+from stages.throughput import DeviceGaps, matrix_rate, training_flop, weights_by_tokens
+from stages.training import distinct_share
+
+
+def test_flop_are_those_of_the_matrix_products_of_a_step():
+    rag = tiny_rag()
+    batch = rag.batch(rag.examples(QUESTIONS, ANSWERS), [0])  # one question: nothing of it is padded
+    with FlopCounterMode(display=False) as counter:
+        output = rag(batch, marginal="sequence")
+        output.nll.sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    counted = sum(flop for operation, flop in counts.items() if "mm" in str(operation) and "bmm" not in str(operation))
+    expected = training_flop(
+        weights_by_tokens(rag.question_encoder, rag.generator_model), int(batch.question_mask.sum()),
+        int(output.context_tokens), int(batch.target_mask.sum()) * rag.n_docs,
+    )  # fmt: skip
+    # DPR's projection sees one position a question, here it counts for all.
+    assert abs(counted - expected) < 0.02 * expected
+
+
+def test_distinct_share_is_that_of_a_set():
+    for rows in ([[3, 1, 1], [3, 2, -1]], [[0, 0, 0], [0, 0, 0]], [[-1, -1, -1]], [[4, 5, 6]]):
+        present = [row for some in rows for row in some if row >= 0]
+        assert distinct_share(torch.tensor(rows)).item() == pytest.approx(len(set(present)) / max(1, len(present)))
+
+
+def test_gaps_count_closed_pairs_only_and_the_rate_leaves_random_numbers_alone():
+    gaps = DeviceGaps(torch.device("cpu"))
+    gaps.close()
+    assert gaps.seconds() == 0
+    gaps.open()
+    gaps.close()
+    gaps.close()
+    assert len(gaps.gaps) == 1 and gaps.seconds() >= 0
+    state = torch.get_rng_state()
+    assert matrix_rate(torch.device("cpu"), torch.float32) > 1e6
+    assert torch.equal(torch.get_rng_state(), state)
