@@ -21,7 +21,7 @@ from stages.runtime import root_folder
 
 DESCRIPTION, BEST = "description.json", "best.json"
 # Modules that change no result, so that a mended message costs no training (tests/test_dag.py leaves out the same).
-WATCHERS = {"interrupts", "journal", "leftovers", "params", "recording", "runtime", "tracking"}
+WATCHERS = {"interrupts", "journal", "launching", "leftovers", "params", "recording", "runtime", "tracking"}
 
 
 def describe(settings: dict, inputs: list[Path]) -> dict[str, dict]:
@@ -218,14 +218,14 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> No
 
 
 def random_state() -> dict:
-    """States of torch's generators, to be restored with `set_random_state`."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    """States of torch's generators, of the present GPU's alone, to be restored with `set_random_state`."""
+    return {"cpu": torch.get_rng_state(), "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []}
 
 
 def set_random_state(state: dict) -> None:
     torch.set_rng_state(state["cpu"])
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state(state["cuda"][0])
 
 
 def restore_threads(threads: int, keep_present: bool) -> None:

@@ -1,9 +1,11 @@
 """Vectors of all passages, encoded shard by shard: a killed run goes on after its last finished shard.
 
 The shards are parts of one file that has its final size from the start, so that nothing is copied at the end. They lie
-outside DVC's outputs, which DVC deletes before a stage runs.
+outside DVC's outputs, which DVC deletes before a stage runs. Several ranks deal the shards out: all write into the one
+file, each keeps a list of its own shards, and any number of ranks goes on from the lists that are there.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -18,12 +20,13 @@ import torch
 from datasets import Dataset
 from tqdm import tqdm
 
-from stages import manifest
+from stages import manifest, ranks
 from stages.contexts import TokenStore, write_npy_header
 from stages.encoders import Encoder
 
 SHARD = 8192  # passages; token ids of two shards are held at once, 20 KB a passage while the tokenizer works
 FINISHED = "shards.json"
+OF_A_RANK = "shards-{}.json"  # beside rank 0's, until the next start puts them together
 
 
 def encode_passages(
@@ -33,17 +36,35 @@ def encode_passages(
     """Writes the passages' vectors as `folder/index/vectors.npy`, fp32 [N, d], and returns its path.
 
     `folder` belongs to these passages, this encoder and these settings alone. A finished shard that is there already,
-    and whose hash is right, is not encoded again; a shard's vectors do not depend on whether that happened.
+    and whose hash is right, is not encoded again; a shard's vectors do not depend on whether that happened. Returns on
+    every rank when all vectors are there.
     """
     file = folder / "index" / "vectors.npy"
     file.parent.mkdir(parents=True, exist_ok=True)
-    start = _prepare(file, (len(passages), encoder.dimension))
-    finished = _finished(folder, file, start, 4 * encoder.dimension)
+    if ranks.is_main():
+        start = _prepare(file, (len(passages), encoder.dimension))
+        finished = _finished(folder, file, start, 4 * encoder.dimension)
+        _write_one_list(folder, finished)
+    ranks.wait()
+    if not ranks.is_main():
+        start = _prepare(file, (len(passages), encoder.dimension))
+        finished = _lists(folder)
     todo = [first for first in range(0, len(passages), shard) if str(first) not in finished]
-    done = len(passages) - sum(min(shard, len(passages) - first) for first in todo)
-    bar = tqdm(total=len(passages), initial=done, desc="encode passages", unit=" passages")
+    ranks.wait()  # until all have read the list, which rank 0 goes on writing
+    mine, own_list = ranks.share(todo), folder / FINISHED
+    if not ranks.is_main():
+        own_list, finished = folder / OF_A_RANK.format(ranks.rank()), {}
+
+    def passages_in(shards: list[int]) -> int:
+        return sum(min(shard, len(passages) - first) for first in shards)
+
+    done = len(passages) - passages_in(todo)
+    bar = tqdm(
+        total=done + passages_in(mine), initial=done, desc="encode passages", unit=" passages",
+        disable=not ranks.is_main(),
+    )  # fmt: skip
     with open(file, "r+b") as vectors, bar:
-        for first, store in _tokenized(encoder, passages, passage_tokens, todo, shard):
+        for first, store in _tokenized(encoder, passages, passage_tokens, mine, shard):
             digest = hashlib.sha256()
             vectors.seek(start + first * encoder.dimension * 4)
             for _, rows in encoder.vectors(store, batch_tokens, device):
@@ -54,7 +75,8 @@ def encode_passages(
             vectors.flush()
             os.fsync(vectors.fileno())
             finished[str(first)] = {"size": len(store) * encoder.dimension * 4, "sha256": digest.hexdigest()}
-            manifest.write_json(folder / FINISHED, finished)
+            manifest.write_json(own_list, finished)
+    ranks.wait()
     return file
 
 
@@ -90,7 +112,8 @@ def _prepare(file: Path, shape: tuple[int, int]) -> int:
     """Gives the .npy file its header and its final size (what is not written takes no space); returns the header's length."""
     if not file.exists():
         file.touch()
-        (file.parent.parent / FINISHED).unlink(missing_ok=True)
+        for recorded in file.parent.parent.glob("shards*.json"):
+            recorded.unlink()
     header = io.BytesIO()
     write_npy_header(header, np.dtype(np.float32), shape)
     with open(file, "r+b") as vectors:
@@ -101,13 +124,9 @@ def _prepare(file: Path, shape: tuple[int, int]) -> int:
 
 def _finished(folder: Path, file: Path, start: int, row_bytes: int) -> dict[str, dict]:
     """The recorded shards whose content is what was recorded; the others are named and encoded again."""
-    try:
-        recorded = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
     whole = {}
     with open(file, "rb") as vectors:
-        for first, facts in recorded.items():
+        for first, facts in _lists(folder).items():
             vectors.seek(start + int(first) * row_bytes)
             content = vectors.read(facts["size"])
             if len(content) == facts["size"] and hashlib.sha256(content).hexdigest() == facts["sha256"]:
@@ -115,3 +134,21 @@ def _finished(folder: Path, file: Path, start: int, row_bytes: int) -> dict[str,
             else:
                 print(f"{file}: passages from {first} on are damaged and encoded again", file=sys.stderr)
     return whole
+
+
+def _lists(folder: Path) -> dict[str, dict]:
+    """What all ranks have recorded as finished; a list that cannot be read counts as empty."""
+    recorded = {}
+    for file in folder.glob("shards*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            recorded |= json.loads(file.read_text(encoding="utf-8"))
+    return recorded
+
+
+def _write_one_list(folder: Path, finished: dict[str, dict]) -> None:
+    """Makes one list of the lists, where there are several or several ranks read it: of what is whole, nothing else."""
+    others = list(folder.glob(OF_A_RANK.format("*")))
+    if others or ranks.world() > 1:
+        manifest.write_json(folder / FINISHED, finished)
+    for file in others:
+        file.unlink()

@@ -3,6 +3,7 @@
     python -m stages.index                          # reads data/prepared and data/retriever, writes data/index
     dvc exp run -S index.factory=IVF64,Flat -S index.nprobe=8      # an approximate index
     dvc exp run -S index.import_path=my.faiss       # an index that was built elsewhere
+    torchrun --nproc-per-node=4 -m stages.index     # or runtime.processes: 4; four ranks encode
 
 `vectors.npy` keeps the vectors themselves: training needs them for scores with a gradient. Killed and started again, it
 goes on with the first passages that are not encoded yet.
@@ -13,7 +14,7 @@ import shutil
 import time
 from pathlib import Path
 
-from stages.params import load_params
+from stages.params import Params, load_params
 from stages.runtime import prepare_torch, run
 
 PREPARED, RETRIEVER, INDEX = Path("data/prepared"), Path("data/retriever"), Path("data/index")
@@ -23,12 +24,25 @@ RECALL_QUESTIONS = 256
 
 def main() -> None:
     params = load_params()
+    from stages.launching import launch
+
+    if launch(params.runtime.processes, params.runtime.device):
+        return
     device = prepare_torch(params.runtime)
+    from stages import ranks
+
+    with ranks.group(device):
+        make_index(params, device)
+
+
+def make_index(params: Params, device) -> None:
+    """Every rank encodes its share of the passages; rank 0 alone builds the index."""
     import faiss
     import numpy as np
     import torch
     from transformers import DPRContextEncoder
 
+    from stages import ranks
     from stages.checkpoints import checkpoint_folder, describe, fingerprint
     from stages.corpus import read_rows
     from stages.encoders import load_encoder
@@ -61,15 +75,20 @@ def main() -> None:
     what = {
         "passage_tokens": lengths.passage_tokens, "batch_tokens": settings.batch_tokens, "device": device.type, "copied": copied,
     }  # fmt: skip
-    work = checkpoint_folder(fingerprint(describe(what, [PREPARED / "passages.arrow", RETRIEVER / "context_encoder"])))
+    name = fingerprint(describe(what, [PREPARED / "passages.arrow", RETRIEVER / "context_encoder"]))
+    ranks.wait()  # however unequally long the hosts' disks took
+    ranks.check_same("fingerprint", int(name[:12], 16))
+    work = checkpoint_folder(name)
     result = work / "index"
     result.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    if copied:
+    if copied and ranks.is_main():
         write_vectors(imported, result / "vectors.npy")
-    else:
+    elif not copied:
         encode_passages(encoder, passages, lengths.passage_tokens, settings.batch_tokens, device, work)
     encoded = time.perf_counter()
+    if not ranks.is_main():
+        return
 
     kind = "imported" if imported else settings.factory
     if imported:

@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 
+from stages import launching
+
 ASKING = (signal.SIGTERM, signal.SIGINT)
 POLL_SECONDS = 0.2
 
@@ -45,7 +47,10 @@ class Interrupts:
     def _first(self, number: int, _frame) -> None:
         self._number = number
         for asking in ASKING:
-            signal.signal(asking, signal.SIG_DFL)
+            # torchrun passes on what a terminal has sent to everyone already; it ends who takes too long by itself.
+            signal.signal(asking, signal.SIG_IGN if launching.by_torchrun() else signal.SIG_DFL)
+        if launching.rank():
+            return
         # os.write, because print may be what the signal interrupted.
         os.write(2, f"\n{signal.Signals(number).name}: ends behind this step; a second one ends at once\n".encode())
 

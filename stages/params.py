@@ -228,6 +228,7 @@ class Tracking(Section):
 class Runtime(Section):
     device: Literal["auto", "cpu", "cuda"]
     threads: Count
+    processes: Count
 
 
 class Params(Section):

@@ -229,7 +229,8 @@ def open_rag(
             f"{needed} positions, but the generator has {generator.max_positions}"
         )
     on_device = passages.to(device) if device.type == "cuda" else passages
-    return Rag(encoder, generator, index.to(device), on_device, n_docs, lengths, score_scale, hybrid_weight).to(device)
+    searched = index.to(device, together=True)
+    return Rag(encoder, generator, searched, on_device, n_docs, lengths, score_scale, hybrid_weight).to(device)
 
 
 def open_rag_on(

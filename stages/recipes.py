@@ -22,8 +22,26 @@ class Update:
     applied: bool  # False: the gradients are computed and thrown away
 
     @property
+    def rows(self) -> list[int]:
+        return [row for micro_batch in self.micro_batches for row in micro_batch]
+
+    @property
     def questions(self) -> int:
-        return sum(map(len, self.micro_batches))
+        return len(self.rows)
+
+
+def check_ranks(recipe: Recipe, ranks: int) -> None:
+    """Raises ValueError for the old recipe's way through a batch on several ranks: it is defined for one process."""
+    if ranks == 1:
+        return
+    for switch, old, new in (
+        ("accumulation", "within_batch", "across_batches"),
+        ("batching", "one_at_a_time", "true_batches"),
+    ):
+        if getattr(recipe, switch) == old:
+            raise ValueError(
+                f"recipes: {switch}: {old} is what one process did; use {switch}: {new} or one process in place of {ranks}"
+            )
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:

@@ -3,12 +3,16 @@
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from stages import launching
 from stages.interrupts import Interrupted, end_with_parent
 from stages.params import Runtime
+
+RANK_0_FIRST_SECONDS = 5
 
 
 def root_folder() -> Path:
@@ -22,7 +26,7 @@ def run(main: Callable[[], None]) -> None:
     Anything else keeps its traceback: it is ours or a library's to explain. A signal ends it with exit code 128 plus the
     signal's number, as a shell would report it.
     """
-    if "DVC_STAGE" in os.environ:
+    if "DVC_STAGE" in os.environ or launching.has_watching_parent():
         end_with_parent()
     try:
         main()
@@ -30,9 +34,14 @@ def run(main: Callable[[], None]) -> None:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parent
         if raised_in != Path(__file__).resolve().parent:
             raise
+        if launching.rank():
+            # A mistake is mostly every rank's: rank 0 tells it, and the launcher ends us meanwhile.
+            time.sleep(RANK_0_FIRST_SECONDS)
+            sys.exit(f"error on rank {launching.rank()}: {error}")
         sys.exit(f"error: {error}")
     except Interrupted as interrupted:
-        print(interrupted.line, file=sys.stderr)
+        if not launching.rank():
+            print(interrupted.line, file=sys.stderr)
         sys.exit(128 + interrupted.number)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -48,11 +57,20 @@ def prepare_torch(runtime: Runtime):
     use_cuda = runtime.device == "cuda" or (runtime.device == "auto" and torch.cuda.is_available())
     torch.set_num_threads(runtime.threads or free_cores())
     torch.set_float32_matmul_precision("high")
-    return torch.device("cuda" if use_cuda else "cpu")
+    if not (use_cuda and launching.launched()):
+        return torch.device("cuda" if use_cuda else "cpu")
+    if launching.local_rank() >= torch.cuda.device_count():
+        raise ValueError(
+            f"{launching.ranks_on_this_host()} processes on this host, but torch finds {torch.cuda.device_count()} GPUs; "
+            "start as many (runtime.processes: 0), or use runtime.device: cpu"
+        )
+    device = torch.device("cuda", launching.local_rank())
+    torch.cuda.set_device(device)
+    return device
 
 
 def free_cores() -> int:
-    """Cores that nobody else is using right now, at least one.
+    """Cores that nobody else is using right now, at least one; of several ranks on this host, a rank's part of them.
 
     More threads than free cores is not a little slower but several times: every barrier waits for the contended one.
     OMP_NUM_THREADS is an upper bound where it is set.
@@ -63,4 +81,4 @@ def free_cores() -> int:
     busy = psutil.cpu_percent(interval=0.5, percpu=True)
     free = sum(1 for core in allowed if core >= len(busy) or busy[core] < 60)
     limit = int(os.environ.get("OMP_NUM_THREADS") or len(allowed))
-    return max(1, min(free, limit))
+    return max(1, min(free // launching.ranks_on_this_host(), limit))

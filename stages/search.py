@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages import manifest
+from stages import manifest, ranks
 from stages.exact import ExactSearch, fp32_scores
 from stages.kinds import inner, opened, reason, set_search_parameters
 from stages.params import Index
+from stages.shards import ShardedSearch
 
 FILES = ("index.faiss", "vectors.npy", "index.json")
 SHARE_OF_FREE_MEMORY = 0.25
@@ -25,7 +26,7 @@ class PassageIndex:
 
     index: faiss.Index
     vectors: Tensor  # [N, d] fp32, memory-mapped until moved to a device
-    exact: ExactSearch | None = field(default=None, repr=False)  # in place of a flat index, on a GPU
+    exact: ExactSearch | ShardedSearch | None = field(default=None, repr=False)  # in place of a flat index, on a GPU
 
     def search(self, questions: Tensor, n_docs: int) -> Tensor:
         """Rows of the n_docs best passages of each question, best first: [B, n_docs] int64, -1 where there is none.
@@ -44,21 +45,36 @@ class PassageIndex:
         """Vectors of the named passages: [..., d]; a missing passage (-1) gets some vector, to be masked."""
         return self.vectors[rows.clamp(min=0)]
 
-    def to(self, device: torch.device) -> "PassageIndex":
+    def finish_searches(self) -> None:
+        """To be called on every rank behind searches that some ranks may have more of: see shards.py."""
+        if isinstance(self.exact, ShardedSearch):
+            self.exact.finish()
+
+    def to(self, device: torch.device, together: bool = False) -> "PassageIndex":
         """The same index for searching on `device`.
 
         On a GPU a flat index becomes a bf16 copy there. The fp32 vectors follow if they take at most a quarter of the
         free memory, else they stay memory-mapped and only the rows that are needed travel. Other kinds move if FAISS
         has GPU support and an implementation of that kind, else they stay with FAISS on the CPU.
+
+        `together`: every rank calls this and will search in step with the others. Where the bf16 copy takes more than a
+        quarter of any rank's free memory, each then holds only its part of it.
         """
         if device.type != "cuda":
             return self
         if not isinstance(inner(self.index), faiss.IndexFlat):
             return PassageIndex(_on_gpu(self.index, device), self.vectors)
         free, _ = torch.cuda.mem_get_info(device)
+        in_parts = together and ranks.world() > 1 and not self._fits_everywhere(free)
         fits = self.vectors.numel() * 4 <= SHARE_OF_FREE_MEMORY * free
         vectors = self.vectors.to(device) if fits else self.vectors
-        return PassageIndex(self.index, vectors, ExactSearch(vectors, device))
+        exact = ShardedSearch(self.vectors, device) if in_parts else ExactSearch(vectors, device)
+        return PassageIndex(self.index, vectors, exact)
+
+    def _fits_everywhere(self, free: int) -> bool:
+        """Whether every rank has room for the whole bf16 copy, this one having `free` bytes."""
+        ranks.wait()
+        return bool(ranks.least([int(self.vectors.numel() * 2 <= SHARE_OF_FREE_MEMORY * free)])[0])
 
 
 def _on_gpu(index: faiss.Index, device: torch.device) -> faiss.Index:

@@ -3,6 +3,7 @@
     python -m stages.train                          # reads data/prepared, tokens, retriever, index; writes data/model
     dvc exp run -S train.max_steps=10               # a tiny run
     dvc exp run -S train.recipe=old                 # the old recipe, for comparison
+    torchrun --nproc-per-node=4 -m stages.train     # or runtime.processes: 4; four ranks, the same updates
 
 The result is a transformers RAG checkpoint. Killed and started again, it goes on from its last checkpoint.
 """
@@ -31,10 +32,22 @@ def settings_of(params: Params) -> dict:
 
 def main() -> None:
     params = load_params()
+    from stages.launching import launch
+
+    if launch(params.runtime.processes, params.runtime.device):
+        return
     device = prepare_torch(params.runtime)
+    from stages import ranks
+
+    with ranks.group(device):
+        train(params, device)
+
+
+def train(params: Params, device) -> None:
+    """One rank's part of the training, or all of it; rank 0 alone writes what the stage leaves."""
     import torch
 
-    from stages import leftovers, manifest
+    from stages import leftovers, manifest, ranks
     from stages import rag as rag_model
     from stages.checkpoints import Checkpoints, checkpoint_folder, describe, digest, fingerprint
     from stages.corpus import read_rows
@@ -73,10 +86,16 @@ def main() -> None:
         settings_of(params), [PREPARED, TOKENS, RETRIEVER / "question_encoder", INDEX, *lexical_files, *generator_files]
     )
     name = fingerprint(description)
-    lock = leftovers.lock(root, name)
-    for line in leftovers.lines(root, name, description):
-        print(line)
-    checkpoints = Checkpoints(checkpoint_folder(name), params.train.save_total_limit, description)
+    ranks.wait()  # however unequally long the hosts' disks took
+    ranks.check_same("fingerprint", int(name[:12], 16))
+    if ranks.is_main():
+        lock = leftovers.lock(root, name)
+        for line in leftovers.lines(root, name, description):
+            print(line)
+        checkpoints = Checkpoints(checkpoint_folder(name), params.train.save_total_limit, description)
+    ranks.wait()
+    if not ranks.is_main():
+        checkpoints = Checkpoints(checkpoint_folder(name), params.train.save_total_limit)
     journal = root / ".tracking" / f"train-{name}.jsonl"
     trainer = Trainer(
         rag,
@@ -88,6 +107,11 @@ def main() -> None:
         Skips(params.train.max_skipped_steps, list(rows["train"]["id"]), journal.with_name(f"skipped-{name}.json")),
         keep_threads=bool(params.runtime.threads),
     )
+
+    if not ranks.is_main():
+        with Interrupts() as interrupts:
+            trainer.run(examples["train"], examples["validation"], lambda point: None, interrupts.asked)
+        return
 
     tracker = open_run(
         root, params.tracking.experiment, None, f"{params.train.recipe}-{name[:6]}", journal,

@@ -17,17 +17,28 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from stages import checkpoints as checkpointing
-from stages import marginalization
+from stages import marginalization, ranks
 from stages.checkpoints import Checkpoints
 from stages.interrupts import Interrupted
 from stages.micro_batches import free_memory, halved, in_batches, is_out_of_memory, split
 from stages.params import Recipe, Train
 from stages.rag import Examples, Rag
-from stages.recipes import Update, updates
+from stages.recipes import Update, check_ranks, updates
 from stages.skips import Skips, step_unless
 from stages.throughput import DeviceGaps, matrix_rate, training_flop, weights_by_tokens
 
 VALIDATION_BATCH = 16
+SUMS = (
+    "nll",
+    "context_tokens",
+    "prior_entropy",
+    "distinct",
+    "target_tokens",
+    "question_tokens",
+    "scored_tokens",
+    "questions",
+    "forwards",
+)  # of a Window
 
 
 @dataclass
@@ -87,16 +98,22 @@ def validation_loss(
     """Mean NLL of the validation answers, without label smoothing, per sequence and per answer token, in nats.
 
     A recipe that averages is measured by the RAG-Sequence marginal too: one yardstick for recipes to be compared by.
+    Every rank takes its share of the answers and returns the same sums.
     """
     measured = "token" if marginal == "token" else "sequence"
     was_training = rag.training
     rag.eval()
 
-    def loss(rows: list[int]) -> float:
+    mine = ranks.share(list(range(len(validation))))
+
+    def loss(places: list[int]) -> float:
+        rows = [mine[place] for place in places]
         return rag(rag.batch(validation, rows), marginal=measured).nll.double().sum().item()
 
     with torch.no_grad():
-        total = sum(in_batches(len(validation), batch_size, loss))
+        total = sum(in_batches(len(mine), batch_size, loss))
+    rag.index.finish_searches()
+    total = ranks.summed({"nll": total})["nll"]
     rag.train(was_training)
     return {
         "val_loss_per_sequence": total / len(validation),
@@ -158,6 +175,7 @@ class Trainer:
 
     def __init__(self, rag: Rag, recipe: Recipe, settings: Train, precision: str, seed: int,
                  checkpoints: Checkpoints | None, skips: Skips | None = None, keep_threads: bool = False):  # fmt: skip
+        check_ranks(recipe, ranks.world())
         device = next(rag.parameters()).device
         self.accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
         self.rag, self.recipe, self.settings, self.seed = rag, recipe, settings, seed
@@ -165,7 +183,9 @@ class Trainer:
         if settings.gradient_checkpointing:
             # The generator's alone: a question is short, its encoder keeps little.
             rag.generator_model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.model, self.optimizer = self.accelerator.prepare(rag, make_optimizer(rag, settings))
+        # Precision only ("evaluation"): DDP would average gradients, but an update is the sum over all questions.
+        self.model = self.accelerator.prepare_model(rag, evaluation_mode=True)
+        self.optimizer = self.accelerator.prepare_optimizer(make_optimizer(rag, settings))
         self.schedule = make_schedule(self.optimizer.optimizer, settings)
         self.progress = Progress()
         self.skips = skips or Skips(settings.max_skipped_steps)
@@ -189,6 +209,9 @@ class Trainer:
         add up in other orders (`keep_threads` keeps the present number). Leaves the best weights in the model if the
         recipe keeps the best, else the last. Raises Interrupted behind the first step at which `asked_to_stop` gives a
         signal's number, with a checkpoint written.
+
+        With several ranks each forwards its share of every update's questions, and all take the same step; rank 0 alone
+        calls `on_point`, writes and prints. A signal to any of them stops all.
         """
         try:
             self._run(training, validation, on_point, asked_to_stop)
@@ -200,20 +223,23 @@ class Trainer:
         asked_to_stop: Callable[[], int | None],
     ) -> None:  # fmt: skip
         if self._restore_finished():
-            print(f"trained already, {self.progress.step} steps: the model is written again")
+            self._say(f"trained already, {self.progress.step} steps: the model is written again")
             return
         window = self._window()
         resumed = self._resume(window)  # before its progress is looked at: a checkpoint brings another one
         progress, settings = self.progress, self.settings
+        self._agree()
         if resumed:
-            print(f"resumed at step {progress.step} of {settings.max_steps}")
+            self._say(f"resumed at step {progress.step} of {settings.max_steps}")
         else:
             self._point({"step": 0, "questions_seen": 0, **self._validate(validation)}, on_point)
         stream = updates(
             len(training), self.seed, self.recipe, settings.batch_size, settings.gradient_accumulation_steps
         )
         stream = islice(stream, progress.updates_taken, None)
-        bar = tqdm(total=settings.max_steps, initial=progress.step, desc="train", unit=" steps")
+        bar = tqdm(
+            total=settings.max_steps, initial=progress.step, desc="train", unit=" steps", disable=not ranks.is_main()
+        )
         self.rag.train()
         while progress.step < settings.max_steps:
             norms = self._step(stream, training, window)
@@ -231,7 +257,7 @@ class Trainer:
             if point:
                 window.waits.opened = None  # validating and logging are no waiting for the host
                 self._point({"step": progress.step, "questions_seen": progress.questions_seen, **point}, on_point)
-            stop = asked_to_stop()
+            stop = ranks.most(asked_to_stop() or 0)
             if self.checkpoints and not last and (stop or progress.step % settings.save_steps == 0):
                 pause = time.perf_counter()
                 self._save(window)
@@ -244,8 +270,20 @@ class Trainer:
         self.rag.eval()
         if self.checkpoints:
             self._finish()
-        if stop := asked_to_stop():
+        if stop := ranks.most(asked_to_stop() or 0):
             self._interrupt(stop)
+
+    def _agree(self) -> None:
+        """Every rank must start from the same weights, and draws dropout masks of its own."""
+        ranks.check_same("step to go on from", self.progress.step)
+        if ranks.world() > 1:
+            ranks.check_same("weights", sum(float(value.detach().double().sum()) for value in self.rag.parameters()))
+        if not ranks.is_main():
+            torch.manual_seed((self.seed * 1_000_003 + self.progress.step) * 1024 + ranks.rank())
+
+    def _say(self, line: str) -> None:
+        if ranks.is_main():
+            tqdm.write(line)
 
     def _interrupt(self, number: int) -> None:
         kept = "the same command goes on from there" if self.checkpoints else "nothing is kept"
@@ -264,9 +302,13 @@ class Trainer:
     def _finish(self) -> None:
         """Brings back the weights that the recipe keeps, and keeps them until DVC has taken the model."""
         self.writing.result()
+        ranks.wait()  # until rank 0 has written what all read
         if self.recipe.checkpoints == "best":
             checkpointing.load_weights(self.rag, self.checkpoints.best(self.progress.best_step))
-        self.checkpoints.finish(checkpointing.own_weights(self.rag), {"progress": vars(self.progress)})
+        ranks.wait()  # until all have read what rank 0 replaces
+        if ranks.is_main():
+            self.checkpoints.finish(checkpointing.own_weights(self.rag), {"progress": vars(self.progress)})
+        ranks.wait()
 
     def _restore_finished(self) -> bool:
         found = self.checkpoints.finished() if self.checkpoints else None
@@ -288,9 +330,9 @@ class Trainer:
             if update.applied:
                 break
             self.optimizer.zero_grad()
+        ranks.sum_gradients(self.rag.parameters())
         norms = self._gradient_norms()
-        rows = [row for micro_batch in update.micro_batches for row in micro_batch]
-        self._step_if_finite(rows, norms["gradient_norm"])
+        self._step_if_finite(update.rows, norms["gradient_norm"])
         if not self.accelerator.optimizer_step_was_skipped:  # fp16's loss scaling drops steps that overflow
             self.schedule.step()
         self.optimizer.zero_grad()
@@ -303,29 +345,42 @@ class Trainer:
         return Window(waits=DeviceGaps(self.accelerator.device))
 
     def _accumulate_all(self, training: Examples, update: Update, window: Window) -> None:
-        """The gradients of an update; where memory runs out, anew from zero in forward passes of half the size."""
+        """The gradients of an update; where memory runs out, anew from zero in forward passes of half the size.
+
+        Of a rank's share only; where one rank runs out of memory, all of them begin anew.
+        """
         before, random = window.state(), checkpointing.random_state()
         while True:
             rows: list[int] = []
+            failed = size = ranks.NOBODY
             try:
-                for rows in split(update.micro_batches, self.progress.micro_batch):
+                for rows in split(self._share(update), self.progress.micro_batch):
                     self._accumulate(training, rows, update.divisor, window)
-                return
             except (RuntimeError, MemoryError) as error:
                 if not (self.settings.halve_on_oom and is_out_of_memory(error)):
                     raise
-                size = halved(len(rows))
+                failed, size = len(rows), halved(len(rows))
+            self.rag.index.finish_searches()
+            failed, size = ranks.least([failed, size])
+            if size == ranks.NOBODY:
+                return
             self.optimizer.zero_grad()
             free_memory()
             window.restore(before, self.accelerator.device)
             checkpointing.set_random_state(random)
-            self._note_halving(len(rows), size)
+            self._note_halving(failed, size)
+
+    def _share(self, update: Update) -> list[list[int]]:
+        """The forward passes of this rank: a share of the update's questions, batch_size together."""
+        if ranks.world() == 1:
+            return update.micro_batches
+        return split([ranks.share(update.rows)], self.settings.batch_size)
 
     def _note_halving(self, failed: int, size: int) -> None:
         self.progress.micro_batch = size
         step = self.progress.step + 1
         self.progress.halvings.append(f"step {step}: {failed} -> {size}")
-        tqdm.write(
+        self._say(
             f"out of memory at step {step} with {failed} questions a forward pass: {size} from here on, the same update "
             f"in more passes (train.batch_size: {size} saves the attempt)"
         )
@@ -368,28 +423,29 @@ class Trainer:
 
     def _summary(self, window: Window, norms: dict[str, torch.Tensor]) -> dict[str, float]:
         self.skips.settle(self.progress)
+        sums = ranks.summed({name: getattr(window, name) for name in SUMS})
         values = {
             "skipped_steps": self.progress.skipped_steps,
             "overflow_steps": self.progress.overflow_steps,
             "micro_batch": self.progress.micro_batch or self.settings.batch_size,
-            "train_loss_per_sequence": float(window.nll) / window.questions,
-            "train_loss_per_token": float(window.nll) / float(window.target_tokens),
+            "train_loss_per_sequence": float(sums["nll"]) / sums["questions"],
+            "train_loss_per_token": float(sums["nll"]) / float(sums["target_tokens"]),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             **{name: float(norm) for name, norm in norms.items()},
-            "prior_entropy": float(window.prior_entropy) / window.questions,
-            "distinct_passages": float(window.distinct) / window.forwards,
+            "prior_entropy": float(sums["prior_entropy"]) / sums["questions"],
+            "distinct_passages": float(sums["distinct"]) / sums["forwards"],
         }
         seconds = time.perf_counter() - window.started  # read after the values above have waited for the device
         flop = training_flop(
-            self.sizes, *map(float, (window.question_tokens, window.context_tokens, window.scored_tokens))
+            self.sizes, *(float(sums[kind]) for kind in ("question_tokens", "context_tokens", "scored_tokens"))
         )
         self.progress.training_seconds += seconds
         return values | {
             "seconds_per_step": seconds / window.steps,
-            "seconds_per_batch": seconds / window.forwards,
-            "questions_per_second": window.questions / seconds,
-            "tokens_per_second": (float(window.context_tokens) + float(window.target_tokens)) / seconds,
-            "mfu": flop / seconds / self.matrix_rate,
+            "seconds_per_batch": seconds / max(1, window.forwards),  # this rank's
+            "questions_per_second": sums["questions"] / seconds,
+            "tokens_per_second": (float(sums["context_tokens"]) + float(sums["target_tokens"])) / seconds,
+            "mfu": flop / seconds / (self.matrix_rate * ranks.world()),
             "host_wait": (window.waited + window.waits.seconds()) / seconds,
             **_gpu_use(self.accelerator.device),
         }
@@ -402,25 +458,36 @@ class Trainer:
             self.progress.best_loss = losses["val_loss_per_sequence"]
             self.progress.best_step = self.progress.step
             if self.checkpoints and self.recipe.checkpoints == "best":
-                self._write(self.checkpoints.save_best, self.progress.step, [checkpointing.own_tensors(self.rag)])
+                if ranks.is_main():
+                    self._write(self.checkpoints.save_best, self.progress.step, [checkpointing.own_tensors(self.rag)])
+                ranks.wait()
         return losses
 
     def _point(self, point: dict, on_point: Callable[[dict], None]) -> None:
         self.progress.history.append(point)
-        on_point(point)
+        if ranks.is_main():
+            on_point(point)
 
     def _save(self, window: Window) -> None:
+        """Writes what rank 0 holds and the sums of all ranks: any number of ranks may go on from there."""
         self.skips.settle(self.progress)
-        window.waited += window.waits.seconds()
-        window.waits.gaps.clear()
+        sums = ranks.summed({name: getattr(window, name) for name in SUMS})
+        if ranks.is_main():
+            window.waited += window.waits.seconds()
+            window.waits.gaps.clear()
+            self._write_step(window.state() | (sums if ranks.world() > 1 else {}))
+        ranks.wait()
+
+    def _write_step(self, window: dict) -> None:
         state = {
             "progress": vars(self.progress),
-            "window": window.state(),
+            "window": window,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
             "random": checkpointing.random_state(),
             "threads": torch.get_num_threads(),
+            "ranks": ranks.world(),
         }
         best = self.progress.best_step if self.recipe.checkpoints == "best" else None
         self._write(self.checkpoints.save, self.progress.step, [checkpointing.own_tensors(self.rag), state], best)
@@ -436,8 +503,9 @@ class Trainer:
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         checkpointing.set_random_state(state["random"])
-        window.restore(state["window"], self.accelerator.device)
+        if ranks.is_main():  # the sums of all ranks
+            window.restore(state["window"], self.accelerator.device)
         self.progress = Progress(**state["progress"])
-        if self.accelerator.device.type == "cpu":
+        if self.accelerator.device.type == "cpu" and state["ranks"] == ranks.world():
             checkpointing.restore_threads(state["threads"], self.keep_threads)
         return True

@@ -148,6 +148,25 @@ def test_mlflow_has_one_run_with_everything(project):
     assert any(model.source_run_id == first.info.run_id for model in models)
 
 
+def test_two_ranks_make_one_run(project):
+    """`runtime` is no part of the recipe: what two ranks made is found again by one."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{project}/mlflow.db")
+    experiment = client.get_experiment_by_name("rag-recipes").experiment_id
+    before = {one.info.run_id for one in client.search_runs([experiment])}
+    seed = ("-S", "train.seed=14", "-S", "index.batch_tokens=4096")
+    output = run(project, "dvc", "exp", "run", "-S", "runtime.processes=2", *seed).stdout
+    assert {"index", "train"} <= set(ran(output)) and output.count("nats a question at step") == 1
+    assert json.loads((project / "metrics/train.json").read_text())["questions_seen"] == 16
+    [new] = {one.info.run_id for one in client.search_runs([experiment])} - before
+    assert client.get_run(new).info.status == "FINISHED"
+    again = run(project, "dvc", "exp", "run", "-S", "runtime.processes=1", *seed)
+    assert ran(again.stdout) == ["inputs"]
+    run(project, "git", "checkout", "-q", ".")
+    run(project, "dvc", "checkout")
+
+
 def test_ask_answers_with_passages_and_reads_standard_input(project):
     one = run(project, "python", "-m", "stages.ask", "In which country is Warsaw Modlin Airport?")
     assert "prior  posterior  passage" in one.stdout and "probability" in one.stdout

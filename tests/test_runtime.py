@@ -28,8 +28,11 @@ def test_a_gpu_that_is_not_there_is_named():
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(ValueError, match="runtime.device: cuda"):
-        runtime.prepare_torch(Runtime(device="cuda", threads=1))
-    assert runtime.prepare_torch(Runtime(device="auto", threads=1)).type == "cpu" and torch.get_num_threads() == 1
+        runtime.prepare_torch(Runtime(device="cuda", threads=1, processes=1))
+    assert (
+        runtime.prepare_torch(Runtime(device="auto", threads=1, processes=1)).type == "cpu"
+        and torch.get_num_threads() == 1
+    )
 
 
 def test_free_cores_are_at_least_one_and_bounded(monkeypatch):

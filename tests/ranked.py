@@ -1,0 +1,154 @@
+"""What the ranks of tests/test_ranks.py do: `python -m ranked WORK FOLDER PROCESSES [SETTINGS]`, settings as JSON.
+
+Rank 0 leaves weights.safetensors and history.json in the folder, every rank its checksum.
+"""
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+from stages.launching import launch
+from stages.runtime import run
+
+
+def train(folder: Path, stop_at: int | None = None, sgd: bool = True, shards: bool = False, **settings):
+    """A training of the tiny model; at step `stop_at` the last rank alone is asked to stop."""
+    import tiny_rag
+    import torch
+
+    from stages import ranks, training
+    from stages.checkpoints import Checkpoints
+    from stages.interrupts import Interrupts
+    from stages.shards import ShardedSearch
+
+    if sgd:  # Adam's first steps are the gradient's sign, which would hide a wrong scale
+        training.make_optimizer = lambda rag, settings: torch.optim.SGD(rag.parameters(), lr=settings.learning_rate)
+    rag = tiny_rag.tiny_rag()
+    if shards:
+        rag.index.exact = ShardedSearch(rag.index.vectors, torch.device("cpu"))
+    trainer = training.Trainer(
+        rag,
+        tiny_rag.NEW,
+        tiny_rag.SETTINGS.model_copy(update=settings),
+        "no",
+        7,
+        Checkpoints(folder / "checkpoints", 2),
+    )
+    examples = rag.examples(tiny_rag.QUESTIONS, tiny_rag.ANSWERS)
+
+    def asked() -> int | None:
+        if trainer.progress.step == 2:
+            (folder / "running").touch()
+        last = ranks.rank() == ranks.world() - 1
+        return signal.SIGTERM if last and trainer.progress.step == stop_at else interrupts.asked()
+
+    with Interrupts() as interrupts:
+        trainer.run(examples, examples, lambda point: None, asked)
+    return trainer
+
+
+def keep(folder: Path, trainer) -> None:
+    from safetensors.torch import save_file
+
+    from stages import ranks
+    from stages.checkpoints import own_weights
+
+    save_file(own_weights(trainer.rag), folder / f"weights-{ranks.rank()}.safetensors")
+    if ranks.is_main():
+        (folder / "history.json").write_text(json.dumps(trainer.progress.history))
+
+
+def out_of_memory(folder: Path, **settings):
+    """The last rank has room for one question a forward pass."""
+    import torch
+
+    from stages import ranks, training
+
+    original = training.Trainer._accumulate
+
+    def limited(self, examples, rows, *rest):
+        if ranks.rank() == ranks.world() - 1 and len(rows) > 1:
+            raise torch.OutOfMemoryError("out of memory, says the test")
+        original(self, examples, rows, *rest)
+
+    training.Trainer._accumulate = limited
+    return train(folder, **settings)
+
+
+def not_finite(folder: Path, **settings):
+    """In the second step one rank's gradient is NaN."""
+    from stages import ranks, training
+
+    original = training.Trainer._accumulate
+
+    def poisoned(self, examples, rows, divisor, window):
+        bad = ranks.is_main() and self.progress.step == 1
+        original(self, examples, rows, float("nan") if bad else divisor, window)
+
+    training.Trainer._accumulate = poisoned
+    return train(folder, **settings)
+
+
+def search(folder: Path) -> None:
+    """As many searches as the rank's number, of unequally many questions, over parts smaller than k and larger."""
+    import torch
+    from safetensors.torch import save_file
+
+    from stages import ranks
+    from stages.shards import ShardedSearch
+
+    found = {}
+    for passages in (7, 5000):
+        vectors, questions = problem(passages)
+        sharded = ShardedSearch(vectors, torch.device("cpu"))
+        for turn in range(ranks.rank()):
+            found[f"{passages}-{turn}"] = sharded.search(questions[: 3 * ranks.rank() + turn], 5)
+        sharded.finish()
+    if found:
+        save_file(found, folder / f"rows-{ranks.rank()}.safetensors")
+
+
+def problem(passages: int):
+    """Vectors and questions, the same for everyone."""
+    import torch
+
+    drawn = torch.Generator().manual_seed(passages)
+    return torch.randn(passages, 32, generator=drawn) * 3, torch.randn(12, 32, generator=drawn)
+
+
+def main() -> None:
+    work, folder, processes, *settings = sys.argv[1:]
+    settings = json.loads(settings[0]) if settings else {}
+    folder = Path(folder)
+    if launch(int(processes), "cpu"):
+        return
+    import torch
+
+    from stages import ranks
+
+    torch.set_num_threads(1)
+    with ranks.group(torch.device("cpu")):
+        if work == "encode":
+            import test_encoding
+
+            test_encoding.encode(folder)
+        elif work == "search":
+            search(folder)
+        elif work == "mistake":
+            raise_on(settings["rank"])
+        else:
+            keep(folder, {"train": train, "oom": out_of_memory, "nan": not_finite}[work](folder, **settings))
+
+
+def raise_on(rank: int | None) -> None:
+    from stages import ranks
+    from stages.params import load_params
+
+    if rank in (None, ranks.rank()):
+        load_params(Path("nowhere.yaml"))
+    ranks.wait()
+
+
+if __name__ == "__main__":
+    run(main)
