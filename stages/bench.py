@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--num-beams", type=int, default=4)
     made.add_argument("--answer-tokens", type=int, default=10, help="most tokens of a decoded answer")
     made.add_argument("--compiled", action="store_true", help="torch.compile the layers (a minute of warm-up)")
+    made.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="CUDA graphs in training")
     made.add_argument("--batch-tokens", type=int, default=65536, help="padded tokens encoded at once (index)")
     made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     made.add_argument("--threads", type=int, default=0)
@@ -46,7 +47,9 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     options = parser().parse_args()
 
-    device = prepare_torch(Runtime(device=options.device, threads=options.threads))
+    device = prepare_torch(
+        Runtime(device=options.device, threads=options.threads, processes=1, cuda_graphs=options.graphs)
+    )
     from stages import measuring
 
     results = {"mode": options.mode, "shapes": options.shapes, **measuring.machine(device)}

@@ -1,6 +1,6 @@
 """What `python -m stages.bench` measures: one function a mode, each giving a dictionary of plain numbers.
 
-Times are medians over runs after a warm-up, read when the device has finished. Peak memory is what tensors held at most.
+Times are medians over runs after a warm-up, read when the device has finished. Peak memory is what torch held at most.
 """
 
 import json
@@ -65,7 +65,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 class Peak:
-    """GiB that tensors held on the GPU at most since `start`; zero on a CPU."""
+    """GiB of the GPU that torch took at most since `start`, for tensors and for CUDA graphs; zero on a CPU."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -76,7 +76,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def gib(self) -> float:
-        return torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else 0.0
+        return torch.cuda.max_memory_reserved(self.device) / 2**30 if self.device.type == "cuda" else 0.0
 
 
 def bench_train(options: Namespace, device: torch.device) -> dict:
@@ -86,7 +86,9 @@ def bench_train(options: Namespace, device: torch.device) -> dict:
     rag = shapes.random_rag(options.shapes, options.passages[0], options.n_docs, device)
     if rag.packed and options.compiled:
         rag.packed.compile()
-    results = {"batch": options.batch, "recipe": options.recipe, "compiled": options.compiled}
+    if options.graphs and device.type == "cuda":
+        rag.record_graphs()
+    results = {"batch": options.batch, "recipe": options.recipe, "compiled": options.compiled, "graphs": options.graphs}
     results["ours"] = ours_training(rag, options, batch_size, accumulation, device)
     if options.against:
         precision = mixed_precision(options.precision, device)

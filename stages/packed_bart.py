@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stages import marginalization
-from stages.packing import Packing, attention
+from stages.cuda_graphs import CudaGraphs
+from stages.packing import PackedAnswers, Packing, attention
 
 # Most logits to hold at once in the loss: 2**26 are 0.25 GB in fp32. More are computed again in the backward pass.
 LOGITS_AT_ONCE = 2**26
@@ -63,6 +64,7 @@ class PackedBart:
     def __init__(self, model: nn.Module, prefix: int):
         self.model, self.prefix = model, prefix
         self.encoder_layer, self.decoder_layer = encoder_layer, decoder_layer
+        self.graphs: CudaGraphs | None = None
 
     def compile(self) -> None:
         """Fuses what lies between matrix products. One graph serves all layers of a kind and any number of tokens."""
@@ -84,14 +86,21 @@ class PackedBart:
         """
         # Both before anything is computed with them: the host waits for the device here and nowhere below.
         tokens, answers = Packing.of(attention_mask), Packing.of(target_mask)
-        contexts = self._embed(self.model.model.encoder, tokens.pack(input_ids), tokens)
+        read = F.pad(targets[:, :-1], (1, 0), value=self.prefix)
+        packed = PackedAnswers(tokens.pack(input_ids), tokens, answers.pack(read), answers.pack(targets), answers)
+        run = self.graphs or self.log_probs
+        return answers.unpack(run(packed, label_smoothing))
+
+    def log_probs(self, packed: PackedAnswers, label_smoothing: float) -> Tensor:
+        """log p [answers] of each answer token, in fp32."""
+        tokens, answers = packed.tokens, packed.answers
+        contexts = self._embed(self.model.model.encoder, packed.ids, tokens)
         for layer in self.model.model.encoder.layers:
             contexts = self._through(self.encoder_layer, layer, contexts, tokens)
-        read = F.pad(targets[:, :-1], (1, 0), value=self.prefix)
-        states = self._embed(self.model.model.decoder, answers.pack(read), answers)
+        states = self._embed(self.model.model.decoder, packed.read, answers)
         for layer in self.model.model.decoder.layers:
             states = self._through(self.decoder_layer, layer, states, contexts, answers, tokens)
-        return answers.unpack(self._score(states, answers.pack(targets), label_smoothing))
+        return self._score(states, packed.targets, label_smoothing)
 
     def _through(self, run: Callable, layer: nn.Module, *inputs) -> Tensor:
         if self.model.model.encoder.gradient_checkpointing and self.model.training:

@@ -13,7 +13,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from stages import marginalization
 from stages.causal import Causal
-from stages.packing import Packing, attention
+from stages.cuda_graphs import CudaGraphs
+from stages.packing import PackedAnswers, Packing, attention
 
 # Their layers hand what they do not know on to the attention function, and read nothing but positions besides.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -48,6 +49,7 @@ class PackedCausal:
     def __init__(self, generator: Causal):
         self.model = generator.model
         self.model.set_attn_implementation(NAME)
+        self.graphs: CudaGraphs | None = None
 
     def compile(self) -> None:
         """Fuses what lies between matrix products; one graph serves all layers and any number of tokens."""
@@ -81,9 +83,14 @@ class PackedCausal:
         tokens, scored = Packing.of(place < answers - 1), Packing.of(target_mask)
         row = scored.index // scored.width
         predicting = tokens.offsets[row] + prompts[row, 0] - 1 + scored.positions
-        logits = self._logits(tokens.pack(ids), tokens, predicting)
-        log_probs = marginalization.token_log_probs(logits[None], scored.pack(targets)[None], label_smoothing)
-        return scored.unpack(log_probs[0, 0])
+        packed = PackedAnswers(tokens.pack(ids), tokens, predicting, scored.pack(targets), scored)
+        run = self.graphs or self.log_probs
+        return scored.unpack(run(packed, label_smoothing))
+
+    def log_probs(self, packed: PackedAnswers, label_smoothing: float) -> Tensor:
+        """log p [answers] of each answer token, in fp32."""
+        logits = self._logits(packed.ids, packed.tokens, packed.read)
+        return marginalization.token_log_probs(logits[None], packed.targets[None], label_smoothing)[0, 0]
 
     def _logits(self, ids: Tensor, tokens: Packing, predicting: Tensor) -> Tensor:
         """[1, predicting, V], by the whole model, so that its scalings and caps stay the library's."""

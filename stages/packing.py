@@ -4,7 +4,7 @@ On a GPU in half precision attention is FlashAttention's variable-length kernel 
 it is torch's, padded for that one operation.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,26 @@ class Packing:
         positions = torch.arange(total, device=lengths.device) - offsets[row]
         return cls(row * longest + positions, positions, offsets.to(torch.int32), len(lengths), longest)
 
+    def filled(self, total: int, rows: int) -> "Packing":
+        """With `rows` rows more, which share the tokens up to `total` evenly; none of them is longer than `width`."""
+        device, tokens = self.index.device, len(self.index)
+        starts = tokens + torch.arange(rows + 1, device=device) * (total - tokens) // rows
+        lengths = starts[1:] - starts[:-1]
+        row = torch.arange(rows, device=device).repeat_interleave(lengths, output_size=total - tokens)
+        positions = torch.arange(tokens, total, device=device) - starts[row]
+        return Packing(
+            torch.cat([self.index, (self.rows + row) * self.width + positions]),
+            torch.cat([self.positions, positions]),
+            torch.cat([self.offsets, starts[1:].to(torch.int32)]),
+            self.rows + rows,
+            self.width,
+        )
+
+    def widened(self, width: int) -> "Packing":
+        """The same tokens of rows [R, width]."""
+        index = torch.div(self.index, self.width, rounding_mode="floor") * width + self.positions
+        return Packing(index, self.positions, self.offsets, self.rows, width)
+
     def pack(self, padded: Tensor) -> Tensor:
         """[R, L, ...] to [tokens, ...]."""
         return padded.flatten(0, 1)[self.index]
@@ -46,6 +66,44 @@ class Packing:
         """[tokens, ...] to [R, L, ...], zero at padding."""
         padded = packed.new_zeros((self.rows * self.width, *packed.shape[1:]))
         return padded.index_copy(0, self.index, packed).unflatten(0, (self.rows, self.width))
+
+
+@dataclass
+class PackedAnswers:
+    """R contexts with an answer each as the packed models score them: `tokens` real tokens, `answers` of answers."""
+
+    ids: Tensor  # [tokens]
+    tokens: Packing
+    read: Tensor  # [answers] what the prediction starts from: a decoder's input, or the place of a prompt's token
+    targets: Tensor  # [answers]
+    answers: Packing
+
+    def filled(self, tokens: int, answers: int, rows: int) -> "PackedAnswers":
+        """With `rows` more contexts and answers of token 0, up to these numbers of tokens: the others do not see them."""
+        return PackedAnswers(
+            F.pad(self.ids, (0, tokens - len(self.ids))),
+            self.tokens.filled(tokens, rows),
+            *(F.pad(part, (0, answers - len(part))) for part in (self.read, self.targets)),
+            self.answers.filled(answers, rows),
+        )
+
+    def widened(self, context: int, answer: int) -> "PackedAnswers":
+        """The same, as if the longest context and the longest answer had these numbers of tokens."""
+        return replace(self, tokens=self.tokens.widened(context), answers=self.answers.widened(answer))
+
+    def tensors(self) -> list[Tensor]:
+        """All that differs from one batch to another of the same sizes."""
+        of_packings = [part for p in (self.tokens, self.answers) for part in (p.index, p.positions, p.offsets)]
+        return [self.ids, self.read, self.targets, *of_packings]
+
+    def of_tensors(self, tensors: list[Tensor]) -> "PackedAnswers":
+        """Of the same sizes, with these `tensors()`."""
+        ids, read, targets, *parts = tensors
+        tokens, answers = (
+            Packing(*three, packing.rows, packing.width)
+            for three, packing in ((parts[:3], self.tokens), (parts[3:], self.answers))
+        )
+        return PackedAnswers(ids, tokens, read, targets, answers)
 
 
 def attention(

@@ -229,6 +229,7 @@ class Runtime(Section):
     device: Literal["auto", "cpu", "cuda"]
     threads: Count
     processes: Count
+    cuda_graphs: bool
 
 
 class Params(Section):

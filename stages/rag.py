@@ -22,6 +22,7 @@ from transformers import (
 
 from stages import manifest, marginalization
 from stages.contexts import TokenStore, assemble_contexts
+from stages.cuda_graphs import CudaGraphs
 from stages.encoders import Encoder, load_encoder, padded_rows
 from stages.fusion import Hits, fuse
 from stages.generators import Generator, generator_from, load_generator, load_saved_generator
@@ -89,6 +90,17 @@ class Rag(nn.Module):
         self.n_docs, self.lengths = n_docs, lengths
         self.score_scale, self.hybrid_weight = score_scale, hybrid_weight
         self.packed = packed_likelihood(generator)
+
+    def record_graphs(self) -> None:
+        """From now on training replays the generator's passes as CUDA graphs, where it has a packed likelihood."""
+        if self.packed:
+            limits = self.lengths.context_tokens, self.lengths.answer_tokens
+            self.packed.graphs = CudaGraphs(
+                self.packed.log_probs,
+                self.generator_model.parameters(),
+                self.generator.positions_needed(*limits),
+                limits[1],
+            )
 
     def examples(self, questions: list[str], answers: list[str], hits: Hits | None = None) -> Examples:
         """Tokenizes questions (cut to `lengths.question_tokens`) and their answers; `hits` are theirs by BM25."""

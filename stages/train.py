@@ -72,6 +72,9 @@ def train(params: Params, device) -> None:
     rag = rag_model.open_rag_on(parts, INDEX, TOKENS, params, device)
     if params.train.compile and rag.packed:
         rag.packed.compile()
+    # Gradient checkpointing reads the random state on its way back, which a graph cannot.
+    if params.runtime.cuda_graphs and device.type == "cuda" and not params.train.gradient_checkpointing:
+        rag.record_graphs()
     rows = {split: read_rows(PREPARED / f"{split}.arrow") for split in ("passages", "train", "validation")}
     examples = {}
     for split in ("train", "validation"):

@@ -28,9 +28,9 @@ def test_a_gpu_that_is_not_there_is_named():
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(ValueError, match="runtime.device: cuda"):
-        runtime.prepare_torch(Runtime(device="cuda", threads=1, processes=1))
+        runtime.prepare_torch(Runtime(device="cuda", threads=1, processes=1, cuda_graphs=True))
     assert (
-        runtime.prepare_torch(Runtime(device="auto", threads=1, processes=1)).type == "cpu"
+        runtime.prepare_torch(Runtime(device="auto", threads=1, processes=1, cuda_graphs=True)).type == "cpu"
         and torch.get_num_threads() == 1
     )
 
