@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--num-beams", type=int, default=4)
     made.add_argument("--answer-tokens", type=int, default=10, help="most tokens of a decoded answer")
     made.add_argument("--compiled", action="store_true", help="torch.compile the layers (a minute of warm-up)")
+    made.add_argument("--engine", choices=("exact", "faiss-gpu"), default="exact", help="search: ours, or FAISS's")
     made.add_argument("--profile", type=Path, help="train: write the costliest kernels of three steps here, as text")
     made.add_argument("--batch-tokens", type=int, default=65536, help="padded tokens encoded at once (index)")
     made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

@@ -15,6 +15,7 @@ from transformers import DPRContextEncoder
 from stages import marginalization, shapes
 from stages.counterpart import batches_of, check_counterpart, padded_contexts, their_model, their_training
 from stages.decoding import generate
+from stages.engines import compare_engines
 from stages.params import Recipe, Train
 from stages.profiling import PROFILED_STEPS, profile_steps
 from stages.rag import Rag
@@ -141,7 +142,9 @@ def bench_index(options: Namespace, device: torch.device) -> dict:
 
 
 def bench_search(options: Namespace, device: torch.device) -> dict:
-    """Milliseconds of one exact search for a batch of questions over all passages."""
+    """Milliseconds of one exact search for a batch of questions over all passages, or of FAISS on a GPU and a CPU."""
+    if options.engine == "faiss-gpu":
+        return compare_engines(options, device)
     rag = shapes.random_rag(options.shapes, options.passages[0], options.n_docs, device)
     questions = torch.randn(int(options.batch.split("x")[0]), rag.index.vectors.shape[1], device=device)
     seconds = timed(lambda: rag.index.search(questions, options.n_docs), max(20, options.runs), device)
