@@ -8,7 +8,7 @@ Gradients do not come back through autograd: the recorded backward pass adds the
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -24,16 +24,16 @@ MOST_GRAPHS = 64  # the sizes that come later run without; each graph takes some
 class CudaGraphs:
     """Calls `log_probs` (PackedBart's or PackedCausal's) by graphs where gradients are wanted, else as it is.
 
-    `parameters` are those that it reads; `context_tokens` and `answer_tokens` the most that a row has. Between a call and
+    `model` is what it runs; `context_tokens` and `answer_tokens` the most that a row has. Between a call and
     the backward pass through what it gave there must be no other call.
     """
 
     def __init__(
-        self, log_probs: Callable[[PackedAnswers, float], Tensor], parameters: Iterable[torch.nn.Parameter],
-        context_tokens: int, answer_tokens: int,
+        self, log_probs: Callable[[PackedAnswers, float], Tensor], model: torch.nn.Module, context_tokens: int,
+        answer_tokens: int,
     ):  # fmt: skip
-        self.log_probs = log_probs
-        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self.log_probs, self.model = log_probs, model
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.widths = (context_tokens, answer_tokens)
         self.graphs: dict[tuple, _Graph] = {}
         self.gradients: dict[int, Tensor] = {}  # by place in `parameters`: what the graphs add to
@@ -47,7 +47,7 @@ class CudaGraphs:
         if not torch.is_grad_enabled() or self.failed:
             return self.log_probs(packed, label_smoothing)
         filled = fill(packed.widened(*self.widths))
-        key = (len(filled.ids), len(filled.read), filled.tokens.rows, label_smoothing)
+        key = (len(filled.ids), len(filled.read), filled.tokens.rows, label_smoothing, self.model.training)
         if key not in self.graphs:
             if len(self.graphs) == MOST_GRAPHS:
                 return self.log_probs(packed, label_smoothing)

@@ -14,15 +14,18 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from datasets import Dataset
 from tqdm import tqdm
 
 from stages import manifest, ranks
 from stages.contexts import TokenStore, write_npy_header
 from stages.encoders import Encoder
+
+if TYPE_CHECKING:  # the benchmarks encode what is no data set
+    from datasets import Dataset
 
 SHARD = 8192  # passages; token ids of two shards are held at once, 20 KB a passage while the tokenizer works
 FINISHED = "shards.json"
@@ -30,7 +33,7 @@ OF_A_RANK = "shards-{}.json"  # beside rank 0's, until the next start puts them 
 
 
 def encode_passages(
-    encoder: Encoder, passages: Dataset, passage_tokens: int, batch_tokens: int, device: torch.device, folder: Path,
+    encoder: Encoder, passages: "Dataset", passage_tokens: int, batch_tokens: int, device: torch.device, folder: Path,
     shard: int = SHARD,
 ) -> Path:  # fmt: skip
     """Writes the passages' vectors as `folder/index/vectors.npy`, fp32 [N, d], and returns its path.
@@ -81,7 +84,7 @@ def encode_passages(
 
 
 def encode_some(
-    encoder: Encoder, passages: Dataset, rows: np.ndarray, passage_tokens: int, device: torch.device
+    encoder: Encoder, passages: "Dataset", rows: np.ndarray, passage_tokens: int, device: torch.device
 ) -> np.ndarray:
     """Vectors [R, d] of the named passages."""
     store = _store(encoder, passages[rows.tolist()], passage_tokens)
@@ -89,7 +92,7 @@ def encode_some(
 
 
 def _tokenized(
-    encoder: Encoder, passages: Dataset, passage_tokens: int, todo: list[int], shard: int
+    encoder: Encoder, passages: "Dataset", passage_tokens: int, todo: list[int], shard: int
 ) -> Iterator[tuple[int, TokenStore]]:
     """Each shard's token ids; the next one is made in a thread while this one is encoded (tokenizers release the GIL)."""
 

@@ -15,6 +15,7 @@ class ExactSearch:
     """The best passages by fp32 inner product, from a bf16 copy of the vectors on `device`.
 
     `vectors` [N, d] fp32 may stay elsewhere (memory-mapped on the host): only the candidates' rows are read from it.
+    Vectors that are bf16 on `device` already are searched as they are, without a copy of them.
 
     What is guaranteed: the rows are the top k of the fp32 scores, up to the order of scores that differ by less than
     fp32 rounding. Rounding to bf16 moves a score by at most |q| |v - bf16(v)| + |q - bf16(q)| |bf16(v)| (Cauchy-
@@ -24,12 +25,17 @@ class ExactSearch:
 
     def __init__(self, vectors: Tensor, device: torch.device):
         self.vectors = vectors
-        self.scan = torch.empty(vectors.shape, dtype=torch.bfloat16, device=device)
+        rounded_already = vectors.dtype == torch.bfloat16
+        if rounded_already:
+            self.scan = vectors.to(device)
+        else:
+            self.scan = torch.empty(vectors.shape, dtype=torch.bfloat16, device=device)
         largest, error = [torch.zeros((), device=device)], [torch.zeros((), device=device)]
         for first in range(0, len(vectors), ROWS_A_COPY):
             exact = vectors[first : first + ROWS_A_COPY].to(device)
             rounded = exact.bfloat16()
-            self.scan[first : first + len(exact)] = rounded
+            if not rounded_already:
+                self.scan[first : first + len(exact)] = rounded
             largest.append(rounded.float().norm(dim=1).max())
             error.append((exact - rounded.float()).norm(dim=1).max())
         self.largest, self.error = torch.stack(largest).max(), torch.stack(error).max()

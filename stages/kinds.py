@@ -40,7 +40,11 @@ def build_index(vectors: np.ndarray, factory: str, train_size: int = TRAIN_SIZE)
 
     Memory: the index, the training sample and ROWS_A_CHUNK vectors. Raises ValueError as `empty_index` does.
     """
-    index = empty_index(vectors.shape[1], factory, len(vectors))
+    return filled(empty_index(vectors.shape[1], factory, len(vectors)), vectors, factory, train_size)
+
+
+def filled(index: faiss.Index, vectors: np.ndarray, factory: str, train_size: int = TRAIN_SIZE) -> faiss.Index:
+    """An empty index of the factory string, wherever it is, trained and filled with all vectors [N, d]."""
     if not index.is_trained:
         sample = np.random.default_rng(0).permutation(len(vectors))[:train_size]
         try:

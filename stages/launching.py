@@ -56,7 +56,7 @@ def launch(processes: int, device: str) -> bool:
     if launched():
         return False
     if processes == 0:
-        processes = _gpus() if device != "cpu" else 1
+        processes = gpus() if device != "cpu" else 1
     if processes <= 1:
         return False
     code = _watch(_start(processes))
@@ -65,7 +65,8 @@ def launch(processes: int, device: str) -> bool:
     return True
 
 
-def _gpus() -> int:
+def gpus() -> int:
+    """GPUs that torch finds on this host."""
     import torch
 
     return torch.cuda.device_count()

@@ -63,7 +63,7 @@ class PassageIndex:
         if device.type != "cuda":
             return self
         if not isinstance(inner(self.index), faiss.IndexFlat):
-            return PassageIndex(_on_gpu(self.index, device), self.vectors)
+            return PassageIndex(on_gpu(self.index, device), self.vectors)
         free, _ = torch.cuda.mem_get_info(device)
         in_parts = together and ranks.world() > 1 and not self._fits_everywhere(free)
         fits = self.vectors.numel() * 4 <= SHARE_OF_FREE_MEMORY * free
@@ -77,7 +77,8 @@ class PassageIndex:
         return bool(ranks.least([int(self.vectors.numel() * 2 <= SHARE_OF_FREE_MEMORY * free)])[0])
 
 
-def _on_gpu(index: faiss.Index, device: torch.device) -> faiss.Index:
+def on_gpu(index: faiss.Index, device: torch.device) -> faiss.Index:
+    """The index on the GPU where FAISS can take it there, else the index itself."""
     if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
         return index
     try:

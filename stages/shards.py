@@ -18,13 +18,16 @@ NO_MORE = -1
 class ShardedSearch:
     """Like ExactSearch over `vectors` [N, d], with 1/world of the bf16 copy on each rank's `device`.
 
-    All ranks hold the same `vectors` (memory-mapped) and there are at least as many vectors as ranks.
+    All ranks hold the same `vectors` (memory-mapped), or each its own part of them and no rank the whole. There are at
+    least as many vectors as ranks.
     """
 
-    def __init__(self, vectors: Tensor, device: torch.device):
-        self.first = len(vectors) * ranks.rank() // ranks.world()
-        self.part = ExactSearch(vectors[self.first : len(vectors) * (ranks.rank() + 1) // ranks.world()], device)
-        self.vectors, self.device = vectors, device
+    def __init__(self, vectors: Tensor, device: torch.device, first: int | None = None):
+        """`first`: the vectors are this rank's part alone, from that row of the whole on; see `part_of`."""
+        if first is None:
+            rows = part_of(len(vectors))
+            first, vectors = rows.start, vectors[rows.start : rows.stop]
+        self.part, self.first, self.device = ExactSearch(vectors, device), first, device
 
     def search(self, questions: Tensor, k: int) -> Tensor:
         """Rows [B, k] int64, best first, -1 where there is none; waits for every other rank's search or `finish`."""
@@ -32,7 +35,7 @@ class ShardedSearch:
 
     def finish(self) -> None:
         """Takes part in the others' searches until every rank is here."""
-        nothing = torch.zeros(0, self.vectors.shape[1], device=self.device)
+        nothing = torch.zeros(0, self.part.vectors.shape[1], device=self.device)
         while self._meet(nothing, NO_MORE) is not None:
             pass
 
@@ -58,6 +61,11 @@ class ShardedSearch:
             )
             order = found[0].sort(dim=1, descending=True, stable=True).indices[:, :k]
             return found[1].gather(1, order)
+
+
+def part_of(count: int) -> range:
+    """The rows of `count` vectors that this rank holds."""
+    return range(count * ranks.rank() // ranks.world(), count * (ranks.rank() + 1) // ranks.world())
 
 
 def _all(own: Tensor) -> list[Tensor]:

@@ -90,18 +90,25 @@ def not_finite(folder: Path, **settings):
     return train(folder, **settings)
 
 
-def search(folder: Path) -> None:
-    """As many searches as the rank's number, of unequally many questions, over parts smaller than k and larger."""
+def search(folder: Path, rounded: bool = False) -> None:
+    """As many searches as the rank's number, of unequally many questions, over parts smaller than k and larger.
+
+    `rounded`: each rank has its own part alone, in bf16.
+    """
     import torch
     from safetensors.torch import save_file
 
     from stages import ranks
-    from stages.shards import ShardedSearch
+    from stages.shards import ShardedSearch, part_of
 
     found = {}
     for passages in (7, 5000):
         vectors, questions = problem(passages)
         sharded = ShardedSearch(vectors, torch.device("cpu"))
+        if rounded:
+            rows = part_of(passages)
+            part = vectors[rows.start : rows.stop].bfloat16()
+            sharded = ShardedSearch(part, torch.device("cpu"), rows.start)
         for turn in range(ranks.rank()):
             found[f"{passages}-{turn}"] = sharded.search(questions[: 3 * ranks.rank() + turn], 5)
         sharded.finish()
@@ -134,7 +141,7 @@ def main() -> None:
 
             test_encoding.encode(folder)
         elif work == "search":
-            search(folder)
+            search(folder, **settings)
         elif work == "mistake":
             raise_on(settings["rank"])
         else:

@@ -79,3 +79,10 @@ def test_scores_are_inner_products():
     np.testing.assert_allclose(
         fp32_scores(questions, passages), torch.einsum("bd,bkd->bk", questions, passages), rtol=1e-5
     )
+
+
+def test_vectors_that_are_bf16_already_are_searched_without_a_copy():
+    vectors, questions = some(3000, 32).bfloat16(), some(6, 32, 1)
+    search = ExactSearch(vectors, CPU)
+    assert search.scan.data_ptr() == vectors.data_ptr() and search.error == 0
+    assert torch.equal(search.search(questions, 5), exact_scan(questions, vectors.float(), 5)[1])

@@ -131,14 +131,17 @@ def test_however_many_ranks_share_an_update_it_is_the_same(tmp_path, number, bat
 
 
 @pytest.mark.slow
-def test_a_sharded_search_finds_what_one_index_finds(tmp_path):
-    done(start("search", tmp_path, 3))
+@pytest.mark.parametrize("rounded", [False, True])
+def test_a_sharded_search_finds_what_one_index_finds(tmp_path, rounded):
+    """Of fp32 vectors that all hold, and of bf16 vectors of which each has its own part."""
+    done(start("search", tmp_path, 3, rounded=rounded))
     for rank in (1, 2):
         found = load_file(tmp_path / f"rows-{rank}.safetensors")
         assert len(found) == 2 * rank
         for name, rows in found.items():
             passages, turn = map(int, name.split("-"))
             vectors, questions = ranked.problem(passages)
+            vectors = vectors.bfloat16() if rounded else vectors
             expected = ExactSearch(vectors, torch.device("cpu")).search(questions[: 3 * rank + turn], 5)
             assert torch.equal(rows, expected)
 
