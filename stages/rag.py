@@ -97,7 +97,7 @@ class Rag(nn.Module):
             limits = self.lengths.context_tokens, self.lengths.answer_tokens
             self.packed.graphs = CudaGraphs(
                 self.packed.log_probs,
-                self.generator_model.parameters(),
+                self.generator_model,
                 self.generator.positions_needed(*limits),
                 limits[1],
             )
