@@ -25,8 +25,10 @@ def sizes(options: Namespace) -> list[int]:
     """
     if any(size < 1 for size in options.processes):
         raise ValueError("--processes: numbers of at least 1")
+    if options.processes:
+        return sorted(set(options.processes))
     gpus = launching.gpus() if options.device != "cpu" else 0
-    return sorted(set(options.processes)) or [size for size in SIZES if size <= max(1, gpus)]
+    return [size for size in SIZES if size <= max(1, gpus)]
 
 
 def earlier(file: Path) -> dict:
