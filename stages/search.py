@@ -101,15 +101,21 @@ def doc_scores(questions: Tensor, passages: Tensor, rows: Tensor) -> Tensor:
 
 
 def flat_index(passages: int, dimension: int) -> PassageIndex:
-    """A flat index whose `vectors` [passages, dimension] are its own memory, to be filled: 60 GB need not lie there twice.
-
-    The vectors live as long as the index, so keep the two together.
-    """
+    """A flat index whose `vectors` [passages, dimension] are its own memory, to be filled: 60 GB need not lie there twice."""
     index = faiss.IndexFlatIP(dimension)
     index.codes.resize(4 * passages * dimension)
     index.ntotal = passages
-    own = faiss.rev_swig_ptr(index.get_xb(), passages * dimension)
-    return PassageIndex(index, torch.from_numpy(own).view(passages, dimension))
+    return PassageIndex(index, torch.from_numpy(np.asarray(_FlatMemory(index))))
+
+
+class _FlatMemory:
+    """The vectors inside of a flat index, for numpy, whose array keeps this object and with it the index alive."""
+
+    def __init__(self, index: faiss.IndexFlat):
+        self.index = index
+        self.__array_interface__ = {
+            "shape": (index.ntotal, index.d), "typestr": "<f4", "data": (int(index.get_xb()), False), "version": 3,
+        }  # fmt: skip
 
 
 def write_index(index: faiss.Index, folder: Path) -> None:
