@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from stages.contexts import TokenStore
 from stages.encoders import Encoder, padded_rows
@@ -42,13 +43,14 @@ class PassageEncoder:
         packing = Packing.of(mask)
         return self.encoder.packed_vectors(packing.pack(ids), packing, self.packed).unflatten(0, rows.shape)
 
-    def index(self, unwanted: Callable[[], bool] = lambda: False) -> PassageIndex | None:
+    def index(self, unwanted: Callable[[], bool] = lambda: False, progress: str = "") -> PassageIndex | None:
         """All passages, encoded and searchable, in the host's memory; None as soon as `unwanted` says so.
 
         The encoder must be in evaluation mode.
         """
         made = flat_index(len(self.tokens), self.encoder.dimension)
-        for start in range(0, len(self.tokens), PASSAGES_A_TURN):
+        turns = range(0, len(self.tokens), PASSAGES_A_TURN)
+        for start in tqdm(turns, desc=progress, unit=f" x {PASSAGES_A_TURN} passages", disable=not progress):
             if unwanted():
                 return None
             turn = TokenStore(self.tokens.tokens, self.tokens.offsets[start : start + PASSAGES_A_TURN + 1])
@@ -65,7 +67,7 @@ class PassageEncoder:
         """Writes context_encoder/ and index/, the vectors of all passages by these weights in data/index's format."""
         self.encoder.save(folder / "context_encoder")
         self.encoder.model.eval()
-        made = self.index()
+        made = self.index(progress="encode by the kept weights")
         (folder / "index").mkdir(parents=True, exist_ok=True)
         np.save(folder / "index" / "vectors.npy", made.vectors.numpy())
         write_index(made.index, folder / "index")

@@ -26,8 +26,8 @@ def check_ranks(every: int, ranks: int) -> None:
     """Raises ValueError where the passages' vectors were to be refreshed on several ranks."""
     if every and ranks > 1:
         raise ValueError(
-            f"train.index_refresh_steps: {every}, but {ranks} processes train; the vectors are refreshed by one process "
-            "alone: use runtime.processes: 1 or set it to 0"
+            f"train.index_refresh_steps: {every}, but {ranks} processes train and only one alone can refresh its vectors; use "
+            "runtime.processes: 1 or set train.index_refresh_steps to 0"
         )
 
 
@@ -82,6 +82,7 @@ class Refresh:
         for taken, weights in sorted(snapshots.items()):
             self._begin(taken, weights)
             if taken + self.every <= step:
+                tqdm.write(f"passage vectors of step {taken} are made again")
                 self._use(taken)
 
     def close(self) -> None:
