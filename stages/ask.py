@@ -32,8 +32,9 @@ def main() -> None:
     from stages.evaluation import answer, passages_of, retrieve
     from stages.hits import find_hits
     from stages.rag import load_rag_parts, open_rag_on
+    from stages.search import index_folder
 
-    rag = open_rag_on(load_rag_parts(MODEL), INDEX, TOKENS, params, device)
+    rag = open_rag_on(load_rag_parts(MODEL), index_folder(MODEL, INDEX), TOKENS, params, device)
     rag.eval()
     passages = read_rows(PREPARED / "passages.arrow")
 

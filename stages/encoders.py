@@ -109,7 +109,7 @@ class Encoder:
         A batch holds at most `batch_tokens` tokens besides padding, of which DPR has none. Rows are sorted by length
         within a window of SORTING_WINDOW, so that those of a batch are alike.
         """
-        packed = PackedBert(getattr(self.model, ROOTS[type(self.model)].rstrip("."))) if self.pooling == "dpr" else None
+        packed = self.without_padding()
         lengths = store.offsets[1:] - store.offsets[:-1]
         bar = tqdm(total=len(store), desc=progress, unit=" rows", disable=not progress)
         for first in range(0, len(store), SORTING_WINDOW):
@@ -130,12 +130,16 @@ class Encoder:
                 packing = Packing.of_lengths(some, int(known.sum()), int(known[0]))
                 source = begin.repeat_interleave(some, output_size=len(packing.positions)) + packing.positions
                 with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    out[rows] = self._vectors(tokens[source].long(), packing, packed).float()
+                    out[rows] = self.packed_vectors(tokens[source].long(), packing, packed).float()
                 bar.update(len(rows))
             yield first, out.cpu().numpy()
         bar.close()
 
-    def _vectors(self, tokens: Tensor, packing: Packing, packed: PackedBert | None) -> Tensor:
+    def without_padding(self) -> PackedBert | None:
+        """The model for packed rows, for DPR, which has one."""
+        return PackedBert(getattr(self.model, ROOTS[type(self.model)].rstrip("."))) if self.pooling == "dpr" else None
+
+    def packed_vectors(self, tokens: Tensor, packing: Packing, packed: PackedBert | None) -> Tensor:
         """Vectors of packed rows; where no packed model is given, padding is put between them again."""
         if packed:
             return self._scaled(packed.vectors(tokens, packing))

@@ -26,6 +26,7 @@ def main() -> None:
     from stages.hits import read_hits
     from stages.leftovers import drop_finished
     from stages.rag import load_rag_parts, open_rag_on
+    from stages.search import index_folder
     from stages.signs import evaluation_signs
     from stages.tracking import open_run
 
@@ -34,7 +35,7 @@ def main() -> None:
     root = root_folder()
     trained = json.loads((MODEL / "run.json").read_text(encoding="utf-8"))
     drop_finished(root, trained["fingerprint"])
-    rag = open_rag_on(parts, INDEX, TOKENS, params, device)
+    rag = open_rag_on(parts, index_folder(MODEL, INDEX), TOKENS, params, device)
     passages = read_rows(PREPARED / "passages.arrow")
     questions = read_rows(PREPARED / f"{settings.split}.arrow")
     hits = read_hits(LEXICAL, settings.split, params.retriever.hybrid_depth, len(questions), len(passages))

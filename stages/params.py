@@ -178,6 +178,7 @@ class Train(Section):
     gradient_accumulation_steps: Positive
     learning_rate: Rate
     question_encoder_learning_rate: Rate | None
+    context_encoder_learning_rate: Rate | None
     warmup_steps: Count
     weight_decay: Share
     max_grad_norm: Annotated[float, Field(gt=0)]
@@ -190,6 +191,7 @@ class Train(Section):
     compile: bool
     halve_on_oom: bool
     max_skipped_steps: Positive
+    index_refresh_steps: Count
 
 
 class Recipe(Section):
@@ -270,6 +272,33 @@ class Params(Section):
         if self.train.warmup_steps >= self.train.max_steps:
             raise ValueError(
                 f"train.warmup_steps: {self.train.warmup_steps} must be less than train.max_steps ({self.train.max_steps})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_index_can_be_refreshed(self) -> "Params":
+        where, recipe = f"train.index_refresh_steps: {self.train.index_refresh_steps}", f"recipes.{self.train.recipe}"
+        if not self.train.index_refresh_steps or self.train.recipe not in self.recipes:
+            return self
+        if self.recipe.retriever_gradient == "none":
+            raise ValueError(
+                f"{where}, but {recipe}.retriever_gradient: none leaves the encoders without a gradient; use exact or set "
+                "train.index_refresh_steps to 0"
+            )
+        if self.recipe.marginalization == "average":
+            raise ValueError(
+                f"{where}, but {recipe}.marginalization: average gives the encoders no gradient; use sequence or token, or "
+                "set train.index_refresh_steps to 0"
+            )
+        if self.index.import_path is not None:
+            raise ValueError(
+                f"{where}, but index.import_path: {self.index.import_path} is an index that was built elsewhere; set it to "
+                "null or train.index_refresh_steps to 0"
+            )
+        if self.index.factory != "Flat":
+            raise ValueError(
+                f"{where}, but index.factory: {self.index.factory} would have to be trained and built again each time; use "
+                "Flat or set train.index_refresh_steps to 0"
             )
         return self
 

@@ -1,7 +1,8 @@
 """The RAG model: a question encoder with gradient, a search, a generator, one likelihood (Lewis et al. 2020).
 
 There and not back: a question vector asks the index for passages, their ids gather tokens that were made once, the
-generator scores the answer under each passage, the marginal is the loss.
+generator scores the answer under each passage, the marginal is the loss. Where the context encoder trains too, the
+passages found are encoded anew for their scores.
 """
 
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from stages.lora import merge_lora
 from stages.packed_bart import PackedBart
 from stages.packed_causal import PackedCausal
 from stages.params import Lengths, Params
+from stages.passage_encoder import PassageEncoder
 from stages.search import PassageIndex, doc_scores, load_index
 
 CLASSES = {"token": RagTokenForGeneration, "sequence": RagSequenceForGeneration, "average": RagSequenceForGeneration}
@@ -78,17 +80,20 @@ class RagOutput(NamedTuple):
 
 
 class Rag(nn.Module):
-    """The two trained models and, beside them, the fixed passages that they retrieve and read."""
+    """The two trained models (three with a `passage_encoder`) and, beside them, the passages that they retrieve and read."""
 
     def __init__(self, encoder: Encoder, generator: Generator, index: PassageIndex, passages: TokenStore, n_docs: int,
-                 lengths: Lengths, score_scale: float = 1.0, hybrid_weight: float = 0.0):  # fmt: skip
+                 lengths: Lengths, score_scale: float = 1.0, hybrid_weight: float = 0.0,
+                 passage_encoder: PassageEncoder | None = None):  # fmt: skip
         super().__init__()
         self.question_encoder = encoder.model
         self.generator_model = generator.model
+        self.context_encoder = passage_encoder and passage_encoder.encoder.model
         self.encoder, self.generator = encoder, generator
         self.index, self.passages = index, passages
         self.n_docs, self.lengths = n_docs, lengths
         self.score_scale, self.hybrid_weight = score_scale, hybrid_weight
+        self.passage_encoder = passage_encoder
         self.packed = packed_likelihood(generator)
 
     def record_graphs(self) -> None:
@@ -146,7 +151,8 @@ class Rag(nn.Module):
     def retrieve(self, question_vectors: Tensor, hits: Hits | None = None) -> tuple[Tensor, Tensor]:
         """The best passages of each question and their scores, with gradient to the questions: [B, K] and [B, K].
 
-        With BM25's `hits` both rankings compete (fusion.py).
+        With BM25's `hits` both rankings compete (fusion.py). A context encoder that trains has a part in the scores, not
+        in the search: its passages' vectors are computed here and pass the gradient on.
         """
         device, vectors = question_vectors.device, question_vectors.detach()
         wanted = self.n_docs if hits is None else max(self.n_docs, hits.rows.shape[1])
@@ -154,7 +160,10 @@ class Rag(nn.Module):
         added = 0.0
         if hits is not None:
             rows, added = fuse(self.index, vectors, rows, hits, self.score_scale, self.hybrid_weight, self.n_docs)
-        passages = self.index.gather(rows.to(self.index.vectors.device)).to(device)
+        if self.passage_encoder:
+            passages = self.passage_encoder.vectors(rows)
+        else:
+            passages = self.index.gather(rows.to(self.index.vectors.device)).to(device)
         return rows, self.score_scale * doc_scores(question_vectors, passages, rows) + added
 
     def contexts(self, batch: RagBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,8 +230,11 @@ def packed_likelihood(generator: Generator) -> PackedBart | PackedCausal | None:
 def open_rag(
     encoder: Encoder, generator: Generator, index: PassageIndex, passages: TokenStore, n_docs: int, lengths: Lengths,
     device: torch.device, score_scale: float = 1.0, hybrid_weight: float = 0.0,
+    passage_encoder: PassageEncoder | None = None,
 ) -> Rag:  # fmt: skip
     """Puts the pieces together on `device`; scores are `score_scale` times the inner product, plus BM25's share.
+
+    With a `passage_encoder` the context encoder trains too.
 
     Raises ValueError where they do not fit each other."""
     if encoder.dimension != index.vectors.shape[1]:
@@ -242,17 +254,20 @@ def open_rag(
         )
     on_device = passages.to(device) if device.type == "cuda" else passages
     searched = index.to(device, together=True)
-    return Rag(encoder, generator, searched, on_device, n_docs, lengths, score_scale, hybrid_weight).to(device)
+    return Rag(
+        encoder, generator, searched, on_device, n_docs, lengths, score_scale, hybrid_weight, passage_encoder
+    ).to(device)
 
 
 def open_rag_on(
-    parts: tuple[Encoder, Generator], index: Path, tokens: Path, params: Params, device: torch.device
-) -> Rag:
+    parts: tuple[Encoder, Generator], index: Path, tokens: Path, params: Params, device: torch.device,
+    passage_encoder: PassageEncoder | None = None,
+) -> Rag:  # fmt: skip
     """`open_rag` of a question encoder and a generator over the index and the tokens in these folders."""
     searching, retriever = load_index(index, params.index), params.retriever
     return open_rag(
         *parts, searching, TokenStore.open(tokens), retriever.n_docs, params.lengths, device, retriever.score_scale,
-        retriever.hybrid_weight,
+        retriever.hybrid_weight, passage_encoder,
     )  # fmt: skip
 
 
@@ -261,7 +276,8 @@ def save_rag(rag: Rag, folder: Path, marginal: str) -> None:
 
     A DPR question encoder with a sequence-to-sequence generator: transformers' RAG layout (config, weights and both
     tokenizers in one folder). Anything else: question_encoder/ (see Encoder.save) and generator/. LoRA adapters become
-    part of the generator's weights, in `rag` too.
+    part of the generator's weights, in `rag` too. Where the context encoder was trained: context_encoder/, and index/
+    with all passages' vectors by it.
     """
     merge_lora(rag.generator_model)
     if fits_transformers(rag):
@@ -270,6 +286,8 @@ def save_rag(rag: Rag, folder: Path, marginal: str) -> None:
         rag.encoder.save(folder / "question_encoder")
         rag.generator_model.save_pretrained(folder / "generator")
         rag.generator.tokenizer.save_pretrained(folder / "generator")
+    if rag.passage_encoder:
+        rag.passage_encoder.save(folder)
     manifest.record_folder(folder)
 
 

@@ -4,7 +4,8 @@
     dvc exp run -S retriever.steps=0                # passes the encoders through as they are
     dvc exp run -S retriever.hard_negatives.count=1 -S retriever.hard_negatives.steps=30    # a second round
 
-Joint training moves the question encoder only, so the context encoder must know its corpus before the index is built.
+Joint training moves the question encoder alone, or the context encoder a little (train.index_refresh_steps), so that one
+must know its corpus before the index is built.
 """
 
 import json

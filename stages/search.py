@@ -101,6 +101,24 @@ def doc_scores(questions: Tensor, passages: Tensor, rows: Tensor) -> Tensor:
     return scores.masked_fill(rows < 0, float("-inf"))
 
 
+def flat_index(passages: int, dimension: int) -> PassageIndex:
+    """A flat index whose `vectors` [passages, dimension] are its own memory, to be filled: 60 GB need not lie there twice."""
+    index = faiss.IndexFlatIP(dimension)
+    index.codes.resize(4 * passages * dimension)
+    index.ntotal = passages
+    return PassageIndex(index, torch.from_numpy(np.asarray(_FlatMemory(index))))
+
+
+class _FlatMemory:
+    """The vectors inside of a flat index, for numpy, whose array keeps this object and with it the index alive."""
+
+    def __init__(self, index: faiss.IndexFlat):
+        self.index = index
+        self.__array_interface__ = {
+            "shape": (index.ntotal, index.d), "typestr": "<f4", "data": (int(index.get_xb()), False), "version": 3,
+        }  # fmt: skip
+
+
 def write_index(index: faiss.Index, folder: Path) -> None:
     """Writes index.faiss. Raises ValueError where the disk cannot take it."""
     try:
@@ -113,6 +131,11 @@ def describe_index(folder: Path, facts: dict) -> None:
     """Writes index.json and records the three files of an index by size and hash."""
     (folder / "index.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     manifest.record(*(folder / name for name in FILES))
+
+
+def index_folder(model: Path, before: Path) -> Path:
+    """Where the vectors lie that belong to a trained model: in its own folder if its context encoder was trained."""
+    return model / "index" if (model / "index").is_dir() else before
 
 
 def load_index(folder: Path, settings: Index | None = None) -> PassageIndex:

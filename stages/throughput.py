@@ -37,7 +37,7 @@ def training_flop(sizes: dict[str, int], question_tokens: float, context_tokens:
     """FLOP of forward and backward passes: 6 for each weight and token (2 forward, 4 backward).
 
     `answer_tokens` counts an answer once for every passage that it is scored under. Attention's own products are left
-    out: 2 % of BART-large over contexts of 123 tokens.
+    out: 2 % of BART-large over contexts of 123 tokens. So is a context encoder that trains too.
     """
     tokens = {"question": question_tokens, "context": context_tokens, "answer": answer_tokens}
     return 6.0 * sum(sizes[kind] * tokens[kind] for kind in sizes)

@@ -5,7 +5,8 @@
     dvc exp run -S train.recipe=old                 # the old recipe, for comparison
     torchrun --nproc-per-node=4 -m stages.train     # or runtime.processes: 4; four ranks, the same updates
 
-The result is a transformers RAG checkpoint. Killed and started again, it goes on from its last checkpoint.
+The result is a transformers RAG checkpoint; where the context encoder trains too (train.index_refresh_steps), it and the
+index of its vectors lie beside it. Killed and started again, it goes on from its last checkpoint.
 """
 
 import json
@@ -46,22 +47,28 @@ def main() -> None:
 def train(params: Params, device) -> None:
     """One rank's part of the training, or all of it; rank 0 alone writes what the stage leaves."""
     import torch
+    from transformers import DPRContextEncoder
 
     from stages import leftovers, manifest, ranks
     from stages import rag as rag_model
     from stages.checkpoints import Checkpoints, checkpoint_folder, describe, digest, fingerprint
     from stages.corpus import read_rows
     from stages.curves import Curves, summary
+    from stages.encoders import load_encoder
     from stages.hits import read_hits
     from stages.interrupts import Interrupts
     from stages.lora import add_lora
+    from stages.mining import tokenize_passages
     from stages.outside import find
+    from stages.passage_encoder import PassageEncoder
     from stages.recipes import mixed_precision
+    from stages.refresh import check_ranks
     from stages.signs import training_signs
     from stages.skips import Skips
     from stages.tracking import environment_tags, open_run
     from stages.training import Trainer
 
+    check_ranks(params.train.index_refresh_steps, ranks.world())
     base_generator = find(params.models.generator)
     parts = rag_model.load_base_parts(
         str(RETRIEVER / "question_encoder"), str(base_generator), params.models.chat_template
@@ -69,13 +76,19 @@ def train(params: Params, device) -> None:
     torch.manual_seed(params.train.seed)
     if params.models.lora:
         add_lora(parts[1].model, params.models.lora)
-    rag = rag_model.open_rag_on(parts, INDEX, TOKENS, params, device)
+    rows = {split: read_rows(PREPARED / f"{split}.arrow") for split in ("passages", "train", "validation")}
+    passage_encoder, trained_encoders = None, [RETRIEVER / "question_encoder"]
+    if params.train.index_refresh_steps:
+        trained_encoders.append(RETRIEVER / "context_encoder")
+        encoder = load_encoder(str(trained_encoders[-1]), "models.context_encoder", DPRContextEncoder)
+        passage_tokens = tokenize_passages(encoder, rows["passages"], params.lengths.passage_tokens)
+        passage_encoder = PassageEncoder(encoder, passage_tokens)
+    rag = rag_model.open_rag_on(parts, INDEX, TOKENS, params, device, passage_encoder)
     if params.train.compile and rag.packed:
         rag.packed.compile()
     # Gradient checkpointing reads the random state on its way back, which a graph cannot.
     if params.runtime.cuda_graphs and device.type == "cuda" and not params.train.gradient_checkpointing:
         rag.record_graphs()
-    rows = {split: read_rows(PREPARED / f"{split}.arrow") for split in ("passages", "train", "validation")}
     examples = {}
     for split in ("train", "validation"):
         some = rows[split]
@@ -86,7 +99,7 @@ def train(params: Params, device) -> None:
     lexical_files = [LEXICAL] if params.retriever.hybrid_depth else []
     generator_files = [base_generator] if base_generator.exists() else []
     description = describe(
-        settings_of(params), [PREPARED, TOKENS, RETRIEVER / "question_encoder", INDEX, *lexical_files, *generator_files]
+        settings_of(params), [PREPARED, TOKENS, *trained_encoders, INDEX, *lexical_files, *generator_files]
     )
     name = fingerprint(description)
     ranks.wait()  # however unequally long the hosts' disks took

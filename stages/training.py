@@ -24,6 +24,7 @@ from stages.micro_batches import free_memory, halved, in_batches, is_out_of_memo
 from stages.params import Recipe, Train
 from stages.rag import Examples, Rag
 from stages.recipes import Update, check_ranks, updates
+from stages.refresh import Refresh, split_snapshots
 from stages.skips import Skips, step_unless
 from stages.throughput import DeviceGaps, matrix_rate, training_flop, weights_by_tokens
 
@@ -122,13 +123,13 @@ def validation_loss(
 
 
 def make_optimizer(rag: Rag, settings: Train) -> AdamW:
-    """AdamW (Loshchilov & Hutter 2019) with weight decay on matrices only; the question encoder's rate may be its own."""
+    """AdamW (Loshchilov & Hutter 2019) with weight decay on matrices only; the encoders' rates may be their own."""
     parts = [(rag, settings.learning_rate)]
-    if settings.question_encoder_learning_rate is not None:
-        parts = [
-            (rag.generator_model, settings.learning_rate),
-            (rag.question_encoder, settings.question_encoder_learning_rate),
-        ]
+    if settings.question_encoder_learning_rate is not None or rag.context_encoder:
+        of_questions = settings.question_encoder_learning_rate or settings.learning_rate
+        parts = [(rag.generator_model, settings.learning_rate), (rag.question_encoder, of_questions)]
+    if rag.context_encoder:
+        parts.append((rag.context_encoder, settings.context_encoder_learning_rate or of_questions))
     groups = []
     for module, rate in parts:
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -188,6 +189,7 @@ class Trainer:
         self.optimizer = self.accelerator.prepare_optimizer(make_optimizer(rag, settings))
         self.schedule = make_schedule(self.optimizer.optimizer, settings)
         self.progress = Progress()
+        self.refresh = Refresh(rag, settings.index_refresh_steps, settings.max_steps)
         self.skips = skips or Skips(settings.max_skipped_steps)
         self.skips.overflow = self.accelerator.scaler is not None
         self.keep_threads = keep_threads
@@ -216,6 +218,7 @@ class Trainer:
         try:
             self._run(training, validation, on_point, asked_to_stop)
         finally:
+            self.refresh.close()
             self.writing.result()
 
     def _run(
@@ -245,7 +248,7 @@ class Trainer:
             norms = self._step(stream, training, window)
             bar.update()
             last = progress.step == settings.max_steps
-            point = {}
+            point = self.refresh.after(progress.step)
             if last or progress.step % settings.logging_steps == 0:
                 point |= self._summary(window, norms)
                 window = self._window()
@@ -415,11 +418,14 @@ class Trainer:
 
     def _gradient_norms(self) -> dict[str, torch.Tensor]:
         self.accelerator.unscale_gradients()
-        gradients = [p.grad for p in self.rag.question_encoder.parameters() if p.grad is not None]
-        zero = torch.zeros((), device=self.accelerator.device)
-        of_encoder = torch.nn.utils.get_total_norm(gradients) if gradients else zero
+        norms = {}
+        for name in ("question_encoder", "context_encoder"):
+            if encoder := getattr(self.rag, name):
+                gradients = [p.grad for p in encoder.parameters() if p.grad is not None]
+                zero = torch.zeros((), device=self.accelerator.device)
+                norms[f"{name}_gradient_norm"] = torch.nn.utils.get_total_norm(gradients) if gradients else zero
         of_all = torch.nn.utils.clip_grad_norm_(self.rag.parameters(), self.settings.max_grad_norm)
-        return {"gradient_norm": of_all, "question_encoder_gradient_norm": of_encoder}
+        return {"gradient_norm": of_all, **norms}
 
     def _summary(self, window: Window, norms: dict[str, torch.Tensor]) -> dict[str, float]:
         self.skips.settle(self.progress)
@@ -490,13 +496,15 @@ class Trainer:
             "ranks": ranks.world(),
         }
         best = self.progress.best_step if self.recipe.checkpoints == "best" else None
-        self._write(self.checkpoints.save, self.progress.step, [checkpointing.own_tensors(self.rag), state], best)
+        weights = checkpointing.own_tensors(self.rag) | self.refresh.tensors()
+        self._write(self.checkpoints.save, self.progress.step, [weights, state], best)
 
     def _resume(self, window: Window) -> bool:
         found = self.checkpoints.latest() if self.checkpoints else None
         if found is None:
             return False
         weights, state = found
+        weights, snapshots = split_snapshots(weights)
         checkpointing.load_weights(self.rag, weights)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
@@ -508,4 +516,5 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         if self.accelerator.device.type == "cpu" and state["ranks"] == ranks.world():
             checkpointing.restore_threads(state["threads"], self.keep_threads)
+        self.refresh.restore(snapshots, self.progress.step)
         return True

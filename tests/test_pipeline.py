@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -163,6 +164,29 @@ def test_two_ranks_make_one_run(project):
     assert client.get_run(new).info.status == "FINISHED"
     again = run(project, "dvc", "exp", "run", "-S", "runtime.processes=1", *seed)
     assert ran(again.stdout) == ["inputs"]
+    run(project, "git", "checkout", "-q", ".")
+    run(project, "dvc", "checkout")
+
+
+def test_a_refreshed_index_lies_beside_the_model_and_is_what_is_asked(project):
+    changes = ("train.index_refresh_steps=1", "train.context_encoder_learning_rate=1e-2", "retriever.hybrid_depth=4")
+    settings = [part for change in changes for part in ("-S", change)]
+    assert ran(run(project, "dvc", "exp", "run", *settings).stdout) == ["inputs", "lexical", "train", "evaluate"]
+    before, after = (np.load(project / folder / "vectors.npy") for folder in ("data/index", "data/model/index"))
+    assert before.shape == after.shape and np.abs(before - after).max() > 1e-3
+    rows = list(csv.DictReader((project / "metrics/curves.csv").open()))
+    assert [row["step"] for row in rows if row["refresh_wait"]] == ["2", "3", "4"]
+    scores = json.loads((project / "metrics/eval.json").read_text())
+    shutil.rmtree(project / "data/index")
+    run(project, "python", "-m", "stages.evaluate")
+    again = json.loads((project / "metrics/eval.json").read_text())
+    timed = "questions_per_second"
+    assert {**again, timed: 0} == {**scores, timed: 0}
+    assert "prior  posterior" in run(project, "python", "-m", "stages.ask", "Where is Warsaw Modlin Airport?").stdout
+    refused = run(
+        project, "dvc", "exp", "run", *settings, "-S", "runtime.processes=2", "-S", "train.seed=9", check=False
+    )
+    assert refused.returncode and "train.index_refresh_steps: 1, but 2 processes" in refused.stderr + refused.stdout
     run(project, "git", "checkout", "-q", ".")
     run(project, "dvc", "checkout")
 

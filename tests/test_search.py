@@ -7,7 +7,7 @@ from tiny_rag import save_index
 
 from stages.kinds import build_index
 from stages.manifest import put_in_place
-from stages.search import PassageIndex, doc_scores, load_index
+from stages.search import PassageIndex, doc_scores, flat_index, load_index
 
 VECTORS = np.random.default_rng(0).normal(size=(600, 16)).astype(np.float32) * 3
 QUERIES = torch.from_numpy(np.random.default_rng(1).normal(size=(7, 16)).astype(np.float32))
@@ -17,6 +17,16 @@ def test_flat_is_exact_by_inner_product():
     index = PassageIndex(build_index(VECTORS, "Flat"), torch.from_numpy(VECTORS))
     expected = np.argsort(-(QUERIES.numpy() @ VECTORS.T), axis=1)[:, :5]
     assert (index.search(QUERIES, 5).numpy() == expected).all()
+
+
+def test_a_flat_index_searches_what_its_vectors_were_filled_with_and_they_outlive_it():
+    index = flat_index(*VECTORS.shape)
+    index.vectors[:] = torch.from_numpy(VECTORS)
+    built = PassageIndex(build_index(VECTORS, "Flat"), torch.from_numpy(VECTORS))
+    assert torch.equal(index.search(QUERIES, 5), built.search(QUERIES, 5))
+    vectors = index.vectors[10:]
+    del index
+    assert torch.equal(vectors.clone(), torch.from_numpy(VECTORS[10:]))
 
 
 def test_an_index_smaller_than_n_docs_says_so():
