@@ -69,6 +69,13 @@ def positions_of(passages: Dataset, wanted: set[str] | None = None) -> dict[str,
     return found
 
 
+def gold_rows(questions: Dataset, passages: Dataset) -> list[list[int]]:
+    """Rows of the passages that each question names as its own, as far as they are in the corpus."""
+    named = questions["positive_ids"]
+    position = positions_of(passages, {name for names in named for name in names})
+    return [[position[name] for name in names if name in position] for names in named]
+
+
 @contextmanager
 def replacing(*folders: Path) -> Iterator[list[Path]]:
     """Empty folders to write into, which take the places of `folders` when the block ends without an error.

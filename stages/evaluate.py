@@ -21,7 +21,7 @@ TABLE_ROWS = 500
 def main() -> None:
     params = load_params()
     device = prepare_torch(params.runtime)
-    from stages.corpus import positions_of, read_rows
+    from stages.corpus import gold_rows, read_rows
     from stages.evaluation import evaluate
     from stages.hits import read_hits
     from stages.leftovers import drop_finished
@@ -43,8 +43,8 @@ def main() -> None:
         questions = questions.select(range(min(settings.num_samples, len(questions))))
         hits = hits and hits.select(slice(len(questions)))
 
-    position = positions_of(passages, {name for names in questions["positive_ids"] for name in names})
-    metrics, predictions = evaluate(rag, questions, passages, position, settings, params.recipe.marginalization, hits)
+    golds = gold_rows(questions, passages)
+    metrics, predictions = evaluate(rag, questions, passages, golds, settings, params.recipe.marginalization, hits)
     verdicts = evaluation_signs(metrics, params.signs)
 
     METRICS.parent.mkdir(exist_ok=True)

@@ -74,13 +74,14 @@ def evaluate(
     rag: Rag,
     questions: Dataset,
     passages: Dataset,
-    position: dict[str, int],
+    gold_rows: list[list[int]],
     settings: Evaluate,
     marginal: str,
     hits: Hits | None = None,
 ) -> tuple[dict[str, float], list[dict]]:
     """Scores in percent over all questions, and a row a question for the predictions file.
 
+    `gold_rows`: rows of each question's own passages among `passages`, where it names any.
     Beside EM and F1: recall by gold passage and by answer string, EM with the gold passage given (oracle) and with no
     passage at all (closed book).
     """
@@ -97,7 +98,6 @@ def evaluate(
     answers = list(answer(rag, examples, rows, prior, settings, marginal, "answer"))
     seconds = time.perf_counter() - started
 
-    gold_rows = [[position[name] for name in ids if name in position] for ids in questions["positive_ids"]]
     known = [index for index, gold in enumerate(gold_rows) if gold]
     none = torch.zeros((len(examples), 1), device=device)
     closed = list(answer(rag, examples, none.long() - 1, none, settings, marginal, "closed book"))

@@ -31,8 +31,9 @@ def main() -> None:
         metrics |= find_hits(work, depth, params.runtime.threads or len(os.sched_getaffinity(0)))
 
     from stages import manifest
+    from stages.hits import DEPTH
 
-    manifest.write_json(work / "lexical.json", {"depth": depth})
+    manifest.write_json(work / DEPTH, {"depth": depth})
     manifest.record_folder(work)
     manifest.put_in_place(work, LEXICAL)
     METRICS.parent.mkdir(exist_ok=True)
@@ -44,7 +45,7 @@ def find_hits(folder: Path, depth: int, processes: int) -> dict[str, float]:
     import numpy as np
 
     from stages import bm25
-    from stages.corpus import positions_of, read_rows
+    from stages.corpus import gold_rows, read_rows
     from stages.scoring import recall_at
 
     passages = read_rows(PREPARED / "passages.arrow")
@@ -58,9 +59,7 @@ def find_hits(folder: Path, depth: int, processes: int) -> dict[str, float]:
         np.save(folder / f"{name}_rows.npy", some.astype(np.int32))
         np.save(folder / f"{name}_scores.npy", their_scores)
 
-    named = splits["test"]["positive_ids"]
-    position = positions_of(passages, {name for names in named for name in names})
-    golds = [[position[name] for name in names if name in position] for names in named]
+    golds = gold_rows(splits["test"], passages)
     found = [[row in gold for row in some] for gold, some in zip(golds, rows[ends[-1] :].tolist(), strict=True) if gold]
     return {f"recall_at_{k}": recall_at(found, k) for k in RECALL_DEPTHS if k <= depth}
 

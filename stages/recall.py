@@ -31,7 +31,7 @@ def main() -> None:
     import torch
 
     from stages.contexts import TokenStore
-    from stages.corpus import positions_of, read_rows
+    from stages.corpus import gold_rows, read_rows
     from stages.encoders import load_encoder
     from stages.fusion import fuse
     from stages.hits import read_hits
@@ -39,9 +39,7 @@ def main() -> None:
     from stages.search import load_index
 
     passages, questions = (read_rows(PREPARED / f"{name}.arrow") for name in ("passages", arguments.split))
-    named = questions["positive_ids"]
-    position = positions_of(passages, {name for names in named for name in names})
-    gold = [{position[name] for name in names if name in position} for names in named]
+    gold = gold_rows(questions, passages)
     if not any(gold):
         raise ValueError(f"{PREPARED / arguments.split}.arrow: no question names a gold passage, nothing to measure")
     depth, scale = params.retriever.hybrid_depth, params.retriever.score_scale

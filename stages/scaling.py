@@ -81,7 +81,7 @@ def training(options: Namespace, device: torch.device) -> dict:
     points, of_small = trained(rag, options, 1, options.training_steps, options.steps, device)
     losses = [point["val_loss_per_sequence"] for point in points if "val_loss_per_sequence" in point]
     free_memory()
-    window = max(1, options.steps // 5)
+    window = max(1, options.steps // 2)  # the first one records the CUDA graphs of most sizes
     _, of_large = trained(rag, options, large // small, window * (options.runs + 1), window, device)
     free_memory()
     communication = summing(rag, shapes.random_examples(rag, small), device)

@@ -1,8 +1,9 @@
 """Arrow files: streamed, whole or absent, the same bytes each time."""
 
 import pytest
+from datasets import Dataset
 
-from stages.corpus import PASSAGES, QUESTIONS, batches, positions_of, read_rows, replacing, write_rows
+from stages.corpus import PASSAGES, QUESTIONS, batches, gold_rows, positions_of, read_rows, replacing, write_rows
 
 ROWS = [{"id": f"p{i}", "title": f"Título {i}", "text": "x" * i} for i in range(2700)]
 
@@ -119,3 +120,9 @@ def test_an_arrow_file_that_was_altered_is_named(tmp_path, change):
     with pytest.raises(ValueError, match="passages.arrow: damaged.*dvc repro --force prepare") as error:
         read_rows(path)
     assert "\n" not in str(error.value)
+
+
+def test_gold_rows_leave_out_what_is_not_in_the_corpus():
+    passages = Dataset.from_list([{"id": name} for name in "abc"])
+    questions = Dataset.from_list([{"positive_ids": names} for names in (["c", "a"], [], ["x"], ["b", "x"])])
+    assert gold_rows(questions, passages) == [[2, 0], [], [], [1]]

@@ -6,6 +6,7 @@ from datasets import Dataset
 from tiny_rag import ANSWERS, QUESTIONS, TEXTS, TITLES, tiny_rag
 
 from stages import marginalization
+from stages.corpus import gold_rows
 from stages.evaluation import answer, evaluate, retrieve
 from stages.params import Evaluate
 
@@ -17,11 +18,11 @@ ASKED = Dataset.from_list(
         for i in range(9)
     ]
 )
-POSITION = {f"p{i}": i for i in range(9)}
+GOLD_ROWS = gold_rows(ASKED, PASSAGES)
 
 
 def run(rag, **changes):
-    return evaluate(rag, ASKED, PASSAGES, POSITION, SETTINGS.model_copy(update=changes), "sequence")
+    return evaluate(rag, ASKED, PASSAGES, GOLD_ROWS, SETTINGS.model_copy(update=changes), "sequence")
 
 
 def test_the_lines_of_a_small_evaluation():
