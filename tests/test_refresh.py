@@ -2,6 +2,7 @@
 
 import copy
 import signal
+import threading
 import time
 from dataclasses import replace
 
@@ -24,7 +25,7 @@ from stages.fusion import Hits
 from stages.interrupts import Interrupted
 from stages.passage_encoder import PassageEncoder
 from stages.rag import load_rag_parts, open_rag, save_rag
-from stages.refresh import check_ranks
+from stages.refresh import Refresh, check_ranks
 from stages.search import index_folder, load_index
 from stages.training import Trainer, make_optimizer
 
@@ -51,12 +52,15 @@ def refreshing_rag(n_docs=3, dropout=0.1, **options):
     )  # fmt: skip
 
 
-def run(folder=None, on_point=lambda point: None, rag=None, recipe=NEW, asked=lambda: None, **settings):
-    rag = rag or refreshing_rag()
+def trainer_of(rag, folder=None, recipe=NEW, **settings):
     chosen = {"index_refresh_steps": 2, "max_steps": 7, "save_steps": 3, **settings}
     checkpoints = Checkpoints(folder, 2) if folder else None
-    trainer = Trainer(rag, recipe, SETTINGS.model_copy(update=chosen), "no", 7, checkpoints)
-    examples = rag.examples(QUESTIONS, ANSWERS)
+    return Trainer(rag, recipe, SETTINGS.model_copy(update=chosen), "no", 7, checkpoints)
+
+
+def run(folder=None, on_point=lambda point: None, rag=None, recipe=NEW, asked=lambda: None, **settings):
+    trainer = trainer_of(rag or refreshing_rag(), folder, recipe, **settings)
+    examples = trainer.rag.examples(QUESTIONS, ANSWERS)
     trainer.run(examples, examples, on_point, asked)
     return trainer
 
@@ -178,20 +182,30 @@ def test_the_search_runs_over_the_vectors_of_the_weights_of_that_many_steps_ago(
 
 def test_how_long_the_encoding_takes_changes_nothing_but_the_wait(monkeypatch):
     prompt = run()
-    original = PassageEncoder.index
 
-    def slow(self, unwanted=lambda: False):
-        time.sleep(0.5)
-        return original(self, unwanted)
+    early = trainer_of(refreshing_rag())
+    examples = early.rag.examples(QUESTIONS, ANSWERS)
+    early.run(examples, examples, lambda point: early.refresh.making and early.refresh.making.exception())  # waits
+    assert all(point["refresh_wait"] < 0.2 for point in early.progress.history if "refresh_wait" in point)
+    assert curve(early) == curve(prompt)
 
-    monkeypatch.setattr(PassageEncoder, "index", slow)
-    late = run()
+    rag, wanted, index, use = refreshing_rag(), threading.Semaphore(0), PassageEncoder.index, Refresh._use
+
+    def late_index(self, unwanted):
+        assert wanted.acquire(timeout=60)
+        time.sleep(0.3)
+        return index(self, unwanted)
+
+    def late_use(self, step):
+        wanted.release()
+        use(self, step)
+
+    monkeypatch.setattr(PassageEncoder, "index", late_index)
+    monkeypatch.setattr(Refresh, "_use", late_use)
+    late = run(rag=rag)
+    assert all(point["refresh_wait"] >= 0.3 for point in late.progress.history if "refresh_wait" in point)
     assert curve(late) == curve(prompt)
     assert_same_weights(late, prompt, 0)
-    assert all(point["refresh_wait"] > 0.2 for point in late.progress.history if "refresh_wait" in point)
-    unhurried = run(on_point=lambda point: time.sleep(0.4))
-    assert curve(unhurried) == curve(prompt)
-    assert all(point["refresh_wait"] < 0.2 for point in unhurried.progress.history if "refresh_wait" in point)
 
 
 # Checkpoints at 3 (the first vectors in the making), 6 (others in use) and, at every step, 1 to 6.
