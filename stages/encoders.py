@@ -6,11 +6,12 @@ sentence-transformers too, load through the same `from_pretrained`.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -109,35 +110,58 @@ class Encoder:
         A batch holds at most `batch_tokens` tokens besides padding, of which DPR has none. Rows are sorted by length
         within a window of SORTING_WINDOW, so that those of a batch are alike.
         """
-        packed = self.without_padding()
-        lengths = store.offsets[1:] - store.offsets[:-1]
-        bar = tqdm(total=len(store), desc=progress, unit=" rows", disable=not progress)
-        for first in range(0, len(store), SORTING_WINDOW):
-            last = min(first + SORTING_WINDOW, len(store))
-            tokens = store.tokens[store.offsets[first] : store.offsets[last]].to(device)
-            ordered, order = lengths[first:last].sort(descending=True, stable=True)
-            sizes = batches_of_tokens(ordered.tolist(), batch_tokens)
-            starts = (store.offsets[first:last] - store.offsets[first])[order].to(device)
-            # All on the device until the window's end: a copy for every batch would keep it waiting for the host.
-            out = torch.empty(last - first, self.dimension, device=device)
-            splits = (
-                ordered.split(sizes),
-                ordered.to(device).split(sizes),
-                starts.split(sizes),
-                order.to(device).split(sizes),
-            )
-            for known, some, begin, rows in zip(*splits, strict=True):
-                packing = Packing.of_lengths(some, int(known.sum()), int(known[0]))
-                source = begin.repeat_interleave(some, output_size=len(packing.positions)) + packing.positions
-                with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    out[rows] = self.packed_vectors(tokens[source].long(), packing, packed).float()
+        starts = range(0, len(store), SORTING_WINDOW)
+        windows = (TokenStore(store.tokens, store.offsets[start : start + SORTING_WINDOW + 1]) for start in starts)
+        with tqdm(total=len(store), desc=progress, unit=" rows", disable=not progress) as bar:
+            for start, rows in zip(starts, self.stream(windows, batch_tokens, device), strict=True):
                 bar.update(len(rows))
-            yield first, out.cpu().numpy()
-        bar.close()
+                yield start, rows
 
-    def without_padding(self) -> PackedBert | None:
-        """The model for packed rows, for DPR, which has one."""
-        return PackedBert(getattr(self.model, ROOTS[type(self.model)].rstrip("."))) if self.pooling == "dpr" else None
+    def stream(self, stores: Iterable[TokenStore], batch_tokens: int, device: torch.device) -> Iterator[np.ndarray]:
+        """Each store's vectors, fp32 [rows, dimension]; a store's rows are sorted together.
+
+        A GPU works on the next store while the caller has the vectors of the last one.
+        """
+        packed = self.without_padding(torch.bfloat16 if device.type == "cuda" else torch.float32)
+        queued = None
+        for store in stores:
+            last, queued = queued, self._queue(store, packed, batch_tokens, device)
+            if device.type == "cpu":
+                yield queued.fetch()
+            elif last:
+                yield last.fetch()
+        if queued and device.type != "cpu":
+            yield queued.fetch()
+
+    def _queue(
+        self, store: TokenStore, packed: PackedBert | None, batch_tokens: int, device: torch.device
+    ) -> "_Queued":
+        begin, end = store.offsets[0], store.offsets[-1]
+        ordered, order = (store.offsets[1:] - store.offsets[:-1]).sort(descending=True, stable=True)
+        sizes = batches_of_tokens(ordered.tolist(), batch_tokens)
+
+        def sent(tensor: Tensor) -> Tensor:
+            # Only from page-locked memory does a copy join the GPU's queue; any other waits until that is empty.
+            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+        tokens, places, lengths = sent(store.tokens[begin:end]), sent(order), sent(ordered)
+        starts = sent(store.offsets[:-1][order] - begin)
+        out = torch.empty(len(store), self.dimension, device=device)
+        splits = (part.split(sizes) for part in (ordered, lengths, starts, places))
+        for known, some, first, rows in zip(*splits, strict=True):
+            packing = Packing.of_lengths(some, int(known.sum()), int(known[0]))
+            source = first.repeat_interleave(some, output_size=len(packing.positions)) + packing.positions
+            # Without padding the weights are of the right type; autocast would keep the states in fp32.
+            casting = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and not packed)
+            with torch.inference_mode(), casting:
+                out[rows] = self.packed_vectors(tokens[source].long(), packing, packed).float()
+        return _Queued.of(out)
+
+    def without_padding(self, dtype: torch.dtype | None = None) -> PackedBert | None:
+        """The model for packed rows, for DPR, which has one; `dtype` as PackedBert's."""
+        if self.pooling != "dpr":
+            return None
+        return PackedBert(getattr(self.model, ROOTS[type(self.model)].rstrip(".")), dtype)
 
     def packed_vectors(self, tokens: Tensor, packing: Packing, packed: PackedBert | None) -> Tensor:
         """Vectors of packed rows; where no packed model is given, padding is put between them again."""
@@ -159,6 +183,28 @@ class Encoder:
                 pooling, self.normalize, self.max_tokens, "", self.question_prefix, self.passage_prefix
             )
             write_layout(folder, layout, self.dimension)
+
+
+class _Queued(NamedTuple):
+    """Vectors that a GPU is still at, or that are there."""
+
+    vectors: Tensor  # in the host's memory
+    ready: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, vectors: Tensor) -> "_Queued":
+        if not vectors.is_cuda:
+            return cls(vectors, None)
+        copied = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
+        copied.copy_(vectors, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        return cls(copied, ready)
+
+    def fetch(self) -> np.ndarray:
+        if self.ready:
+            self.ready.synchronize()
+        return self.vectors.numpy()
 
 
 def batches_of_tokens(lengths: list[int], most: int) -> list[int]:

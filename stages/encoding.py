@@ -66,19 +66,27 @@ def encode_passages(
         total=done + passages_in(mine), initial=done, desc="encode passages", unit=" passages",
         disable=not ranks.is_main(),
     )  # fmt: skip
-    with open(file, "r+b") as vectors, bar:
-        for first, store in _tokenized(encoder, passages, passage_tokens, mine, shard):
-            digest = hashlib.sha256()
-            vectors.seek(start + first * encoder.dimension * 4)
-            for _, rows in encoder.vectors(store, batch_tokens, device):
-                content = np.ascontiguousarray(rows, dtype=np.float32).tobytes()
-                vectors.write(content)
-                digest.update(content)
-                bar.update(len(rows))
-            vectors.flush()
-            os.fsync(vectors.fileno())
-            finished[str(first)] = {"size": len(store) * encoder.dimension * 4, "sha256": digest.hexdigest()}
-            manifest.write_json(own_list, finished)
+
+    def write(first: int, rows: np.ndarray) -> None:
+        content = rows.tobytes()
+        vectors.seek(start + first * encoder.dimension * 4)
+        vectors.write(content)
+        vectors.flush()
+        os.fsync(vectors.fileno())
+        finished[str(first)] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        manifest.write_json(own_list, finished)
+
+    stores = _tokenized(encoder, passages, passage_tokens, mine, shard)
+    with open(file, "r+b") as vectors, bar, ThreadPoolExecutor(max_workers=1) as thread:
+        # One shard is written while the next is encoded.
+        written = None
+        for first, rows in zip(mine, encoder.stream(stores, batch_tokens, device), strict=True):
+            if written:
+                written.result()
+            written = thread.submit(write, first, rows)
+            bar.update(len(rows))
+        if written:
+            written.result()
     ranks.wait()
     return file
 
@@ -93,7 +101,7 @@ def encode_some(
 
 def _tokenized(
     encoder: Encoder, passages: "Dataset", passage_tokens: int, todo: list[int], shard: int
-) -> Iterator[tuple[int, TokenStore]]:
+) -> Iterator[TokenStore]:
     """Each shard's token ids; the next one is made in a thread while this one is encoded (tokenizers release the GIL)."""
 
     def tokenize(first: int) -> TokenStore:
@@ -101,10 +109,10 @@ def _tokenized(
 
     with ThreadPoolExecutor(max_workers=1) as thread:
         waiting = [thread.submit(tokenize, first) for first in todo[:1]]
-        for place, first in enumerate(todo):
+        for place in range(len(todo)):
             store = waiting.pop().result()
             waiting += [thread.submit(tokenize, following) for following in todo[place + 1 : place + 2]]
-            yield first, store
+            yield store
 
 
 def _store(encoder: Encoder, chosen: dict[str, list[str]], passage_tokens: int) -> TokenStore:

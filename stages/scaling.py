@@ -31,6 +31,7 @@ from stages.throughput import synchronize
 from stages.timing import Peak, spread, timed
 
 VALIDATION_QUESTIONS = 64
+PASSES_TO_RECORD = 100  # of a rank, until most sizes that occur have their CUDA graphs
 SHARDS = 40  # of the passages to encode: as many for each of 1, 2, 4 and 8 ranks
 TIMED_SUMS = 10
 ROWS_A_BLOCK = 1 << 17  # random vectors made together
@@ -48,7 +49,7 @@ def bench_scaling(options: Namespace, device: torch.device) -> dict:
             f"--batches: at least {ranks.world()} (processes), and a multiple of that; not {small} {large}"
         )
     if options.training_steps < 2 * options.steps:
-        raise ValueError(f"--training-steps: at least {2 * options.steps}, the first --steps of them being the warm-up")
+        raise ValueError(f"--training-steps: at least {2 * options.steps}, the first half of them being the warm-up")
     started = time.perf_counter()
     results = {"processes": ranks.world(), "training": told(training(options, device))}
     free_memory()
@@ -78,11 +79,14 @@ def training(options: Namespace, device: torch.device) -> dict:
     rag = rag_to_train(options, device)
     ranks.wait()  # however unequally long that took
     torch.manual_seed(1)  # rank 0's masks; the trainer gives every other rank masks of its own
-    points, of_small = trained(rag, options, 1, options.training_steps, options.steps, device)
+    points, of_small = trained(
+        rag, options, 1, options.training_steps // 2, options.training_steps, options.steps, device
+    )
     losses = [point["val_loss_per_sequence"] for point in points if "val_loss_per_sequence" in point]
     free_memory()
-    window = max(1, options.steps // 2)  # the first one records the CUDA graphs of most sizes
-    _, of_large = trained(rag, options, large // small, window * (options.runs + 1), window, device)
+    window, passes_a_step = max(1, options.steps // 2), max(1, large // small // ranks.world())
+    warm_up = -(-PASSES_TO_RECORD // passes_a_step) if rag.packed and rag.packed.graphs else window
+    _, of_large = trained(rag, options, large // small, warm_up, warm_up + window * options.runs, window, device)
     free_memory()
     communication = summing(rag, shapes.random_examples(rag, small), device)
     for found in (of_small, of_large):
@@ -96,9 +100,9 @@ def training(options: Namespace, device: torch.device) -> dict:
 
 
 def trained(
-    rag: Rag, options: Namespace, accumulation: int, steps: int, window: int, device: torch.device
+    rag: Rag, options: Namespace, accumulation: int, warm_up: int, steps: int, window: int, device: torch.device
 ) -> tuple[list[dict], dict]:
-    """The points of a training of so many steps, and its figures over windows of steps; the first is the warm-up."""
+    """The points of a training of so many steps, and its figures over windows of steps behind the `warm_up` first."""
     questions = options.batches[0] * accumulation
     trainer = trainer_of(rag, options, options.batches[0], accumulation, steps, window, device)
     examples = shapes.random_examples(rag, questions * steps)
@@ -106,7 +110,8 @@ def trained(
     peak.start()
     trainer.run(examples, shapes.random_examples(rag, VALIDATION_QUESTIONS), lambda point: None)
     points = trainer.progress.history
-    seconds = spread([point["seconds_per_step"] for point in points if "seconds_per_step" in point][1:])
+    timed_points = [point for point in points if "seconds_per_step" in point and point["step"] - window >= warm_up]
+    seconds = spread([point["seconds_per_step"] for point in timed_points])
     return points, {
         "seconds_per_step": seconds,
         "questions_per_second": questions / seconds["median"],
@@ -172,18 +177,16 @@ def encoding(options: Namespace, device: torch.device) -> dict:
     passages = TokenizedPassages(store)
     encoder, shard = Encoder(model, passages), max(1, len(passages) // SHARDS)
 
-    def encode(first: int) -> None:
-        bounds = store.offsets[first : first + shard + 1]
-        part = TokenStore(store.tokens[bounds[0] : bounds[-1]], bounds - bounds[0])
-        for _ in encoder.vectors(part, options.batch_tokens, device):
+    def encode(firsts: list[int]) -> None:
+        parts = (TokenStore(store.tokens, store.offsets[first : first + shard + 1]) for first in firsts)
+        for _ in encoder.stream(parts, options.batch_tokens, device):
             pass
 
-    encode(0)
+    encode([0])
     fifth = range(0, max(shard, len(passages) // 5), shard)
     ranks.wait()
     started = time.perf_counter()
-    for first in ranks.share(list(fifth)):
-        encode(first)
+    encode(ranks.share(list(fifth)))
     ranks.wait()
     alone = time.perf_counter() - started
 

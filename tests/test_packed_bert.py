@@ -36,17 +36,44 @@ def test_attention_stays_inside_its_row(causal):
         torch.testing.assert_close(mixed[first:last], alone.transpose(0, 1))
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float32])
 @pytest.mark.parametrize("projection", [0, 6])
-def test_packed_bert_gives_the_librarys_vectors(projection):
+def test_packed_bert_gives_the_librarys_vectors(projection, dtype):
     torch.manual_seed(0)
     config = DPRConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
         projection_dim=projection, initializer_range=0.5,
     )  # fmt: skip
     model = DPRContextEncoder(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # zero in a new model
+            torch.nn.init.normal_(parameter)
     ids = torch.randint(4, 50, MASK.shape)
     packing = Packing.of(MASK)
     with torch.no_grad():
         expected = model(ids, attention_mask=MASK).pooler_output
-        found = PackedBert(model.ctx_encoder).vectors(packing.pack(ids), packing)
+        found = PackedBert(model.ctx_encoder, dtype).vectors(packing.pack(ids), packing)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="half precision's kernels are a GPU's")
+def test_vectors_in_half_precision_point_where_full_precisions_do():
+    torch.manual_seed(0)
+    config = DPRConfig(
+        vocab_size=50, hidden_size=128, num_hidden_layers=3, num_attention_heads=2, intermediate_size=256,
+        initializer_range=0.1,
+    )  # fmt: skip
+    model = DPRContextEncoder(config).eval().cuda()
+    ids, mask = torch.randint(4, 50, MASK.shape).cuda(), MASK.cuda()
+    packing = Packing.of(mask)
+    with torch.inference_mode():
+        expected = model(ids, attention_mask=mask).pooler_output
+        found = PackedBert(model.ctx_encoder, torch.bfloat16).vectors(packing.pack(ids), packing)
+        with torch.autocast("cuda", torch.bfloat16):
+            usual = model(ids, attention_mask=mask).pooler_output.float()
+    assert found.dtype == torch.float32
+
+    def turned(vectors: torch.Tensor) -> float:
+        return 1 - torch.nn.functional.cosine_similarity(vectors, expected).min().item()
+
+    assert turned(found) < max(3 * turned(usual), 1e-3)
