@@ -22,7 +22,7 @@ def main() -> None:
     params = load_params()
     device = prepare_torch(params.runtime)
     from stages.corpus import gold_rows, read_rows
-    from stages.evaluation import evaluate
+    from stages.evaluation import evaluate, generator_dtype
     from stages.hits import read_hits
     from stages.leftovers import drop_finished
     from stages.rag import load_rag_parts, open_rag_on
@@ -35,7 +35,9 @@ def main() -> None:
     root = root_folder()
     trained = json.loads((MODEL / "run.json").read_text(encoding="utf-8"))
     drop_finished(root, trained["fingerprint"])
+    dtype = generator_dtype(settings.precision, device)
     rag = open_rag_on(parts, index_folder(MODEL, INDEX), TOKENS, params, device)
+    rag.generator_model.to(dtype)  # retrieval stays in fp32
     passages = read_rows(PREPARED / "passages.arrow")
     questions = read_rows(PREPARED / f"{settings.split}.arrow")
     hits = read_hits(LEXICAL, settings.split, params.retriever.hybrid_depth, len(questions), len(passages))

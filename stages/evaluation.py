@@ -15,6 +15,7 @@ from stages.fusion import Hits
 from stages.micro_batches import in_batches
 from stages.params import Evaluate
 from stages.rag import Examples, Rag
+from stages.recipes import has_bf16
 
 RECALL_DEPTHS = (1, 5, 20)
 
@@ -25,6 +26,18 @@ class Found:
 
     rows: Tensor
     scores: Tensor
+
+
+def generator_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The type that a generator's weights decode in; "auto": bf16 on a GPU that has it, else fp32.
+
+    Raises ValueError for fp16 on a CPU.
+    """
+    if precision == "fp16" and device.type != "cuda":
+        raise ValueError("evaluate.precision: fp16 needs a GPU; use auto, bf16 or fp32 on a CPU")
+    if precision == "auto":
+        precision = "bf16" if has_bf16(device) else "fp32"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
 
 
 @torch.no_grad()

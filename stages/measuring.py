@@ -16,6 +16,7 @@ from stages import marginalization, shapes
 from stages.counterpart import batches_of, check_counterpart, padded_contexts, their_model, their_training
 from stages.decoding import generate
 from stages.engines import compare_engines
+from stages.evaluation import generator_dtype
 from stages.params import Recipe, Train
 from stages.profiling import PROFILED_STEPS, profile_steps
 from stages.rag import Rag
@@ -162,11 +163,13 @@ def bench_search(options: Namespace, device: torch.device) -> dict:
 def bench_decode(options: Namespace, device: torch.device) -> dict:
     """Questions a second by thorough decoding, and by transformers' own `generate` over a share of the same questions.
 
-    Random weights hardly ever write EOS: every answer is as long as it may be, which is the most work there is.
+    Both in the precision that evaluation has. Random weights hardly ever write EOS: every answer is as long as it may be,
+    which is the most work there is.
     """
     check_counterpart(options)
     rag = shapes.random_rag(options.shapes, options.passages[0], options.n_docs, device)
     rag.eval()
+    rag.generator_model.to(generator_dtype(options.precision, device))
     batch_size = int(options.batch.split("x")[0])
     batches = batches_of(rag, batch_size)
 

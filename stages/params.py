@@ -210,6 +210,7 @@ class Evaluate(Section):
     decoding: Literal["thorough", "fast"]
     num_beams: Positive
     batch_size: Positive
+    precision: Literal["auto", "bf16", "fp16", "fp32"]
 
 
 class Signs(Section):

@@ -76,6 +76,11 @@ def _chunks(rows: list[int], size: int) -> list[list[int]]:
     return [rows[first : first + size] for first in range(0, len(rows), size)]
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device is a GPU whose own units compute in bf16; older ones emulate it, slowly."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def mixed_precision(precision: str, device: torch.device) -> str:
     """accelerate's name of the precision that a recipe asks for on this device: 'no', 'bf16' or 'fp16'.
 
@@ -84,7 +89,7 @@ def mixed_precision(precision: str, device: torch.device) -> str:
     if precision == "auto":
         if device.type != "cuda":
             return "no"
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return "bf16" if has_bf16(device) else "fp16"
     if precision == "fp16" and device.type != "cuda":
         raise ValueError("recipes: precision: fp16 needs a GPU; use auto, bf16 or fp32 on a CPU")
     return "no" if precision == "fp32" else precision

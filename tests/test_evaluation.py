@@ -7,10 +7,10 @@ from tiny_rag import ANSWERS, QUESTIONS, TEXTS, TITLES, tiny_rag
 
 from stages import marginalization
 from stages.corpus import gold_rows
-from stages.evaluation import answer, evaluate, retrieve
+from stages.evaluation import answer, evaluate, generator_dtype, retrieve
 from stages.params import Evaluate
 
-SETTINGS = Evaluate(split="test", num_samples=None, decoding="thorough", num_beams=2, batch_size=4)
+SETTINGS = Evaluate(split="test", num_samples=None, decoding="thorough", num_beams=2, batch_size=4, precision="fp32")
 PASSAGES = Dataset.from_list([{"id": f"p{i}", "title": TITLES[i], "text": TEXTS[i]} for i in range(9)])
 ASKED = Dataset.from_list(
     [
@@ -59,3 +59,26 @@ def test_a_questions_log_prob_is_the_training_loss_of_its_answer():
         with torch.no_grad():
             nll = rag(batch, marginal="sequence").nll.item()
         assert -given.log_prob == pytest.approx(nll, abs=1e-3)
+
+
+def test_a_generator_in_half_precision_answers_after_the_same_retrieval_with_nearly_the_same_scores():
+    usual = run(tiny_rag())
+    rag = tiny_rag()
+    rag.generator_model.to(generator_dtype("bf16", torch.device("cpu")))
+    halved = run(rag)
+    names = [name for name in usual[0] if "recall" in name]
+    assert [halved[0][name] for name in names] == [usual[0][name] for name in names]
+    for one, other in zip(usual[1], halved[1], strict=True):
+        assert [passage["prior"] for passage in one["passages"]] == [passage["prior"] for passage in other["passages"]]
+        assert other["log_prob"] == pytest.approx(one["log_prob"], rel=0.05)
+
+
+def test_the_precision_of_decoding_on_a_cpu():
+    cpu = torch.device("cpu")
+    assert [generator_dtype(name, cpu) for name in ("auto", "fp32", "bf16")] == [
+        torch.float32,
+        torch.float32,
+        torch.bfloat16,
+    ]
+    with pytest.raises(ValueError, match="evaluate.precision: fp16"):
+        generator_dtype("fp16", cpu)

@@ -123,7 +123,9 @@ def test_validation_and_decoding_in_halves_give_the_same():
     assert validation_loss(scarce, examples, "sequence") == pytest.approx(validation_loss(plain, examples, "sequence"))
     found, again = retrieve(plain, examples, 3, 8), retrieve(scarce, examples, 3, 8)
     assert torch.equal(found.rows, again.rows)
-    settings = Evaluate(split="test", num_samples=None, decoding="thorough", num_beams=2, batch_size=8)
+    settings = Evaluate(
+        split="test", num_samples=None, decoding="thorough", num_beams=2, batch_size=8, precision="fp32"
+    )
     prior = log_prior(found.scores)
     expected = [one.text for one in answer(plain, examples, found.rows, prior, settings, "sequence", "")]
     encode, sizes = plain.generator.encode, []

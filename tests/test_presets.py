@@ -38,7 +38,7 @@ def test_presets_are_what_they_say():
     preset = {path.stem: load_params(path) for path in PRESETS}
     assert preset["sample"] == load_params()
     nq, old, small = preset["nq"].train, preset["old"], preset["small-gpu"].train
-    assert (nq.max_steps, nq.batch_size, nq.gradient_accumulation_steps, nq.learning_rate) == (15000, 2, 16, 3e-5)
+    assert (nq.max_steps, nq.batch_size, nq.gradient_accumulation_steps, nq.learning_rate) == (15000, 32, 1, 3e-5)
     assert nq.eval_steps == nq.save_steps == 1000 and preset["nq"].models.generator == "facebook/bart-large"
     assert old.recipe == old.recipes["old"] and (old.train.batch_size, old.train.gradient_accumulation_steps) == (8, 4)
     assert old.train.max_steps == 3000 * 2, "a batch of 8 is two updates"
