@@ -91,9 +91,9 @@ class CudaGraphs:
             with casting:
                 log_probs = self.log_probs(static, label_smoothing)
                 found = torch.autograd.grad(log_probs, self.parameters, gradient, allow_unused=True)
-            of_read = {place: value for place, value in enumerate(found) if value is not None}
-            self.gradients = {place: torch.zeros_like(self.parameters[place]) for place in of_read}
-            del log_probs, found, of_read
+            used = [place for place, value in enumerate(found) if value is not None]
+            self.gradients = {place: torch.zeros_like(self.parameters[place]) for place in used}
+            del log_probs, found
             torch.cuda.empty_cache()  # to the pool that the graphs share
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with self._recording(forward), casting:

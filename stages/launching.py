@@ -125,8 +125,8 @@ def _watch(ranks: list[subprocess.Popen]) -> int:
     if code < 0 and not asked:
         name = signal.Signals(-code).name
         print(
-            f"error: rank {failed} of {len(ranks)} was ended by {name}, so all were; the same command goes on from the last "
-            "checkpoint (SIGKILL: look whether the host's memory ran out)",
+            f"error: rank {failed} of {len(ranks)} was ended by {name}, so all were (SIGKILL: look whether the host's memory "
+            "ran out); the same command starts again, a training from its last checkpoint",
             file=sys.stderr,
         )
     return 128 - code if code < 0 else code

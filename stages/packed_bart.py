@@ -15,8 +15,8 @@ from stages import marginalization
 from stages.cuda_graphs import CudaGraphs
 from stages.packing import PackedAnswers, Packing, attention
 
-# Most logits to hold at once in the loss: 2**26 are 0.25 GB in fp32. More are computed again in the backward pass.
-LOGITS_AT_ONCE = 2**26
+# Most logits to hold at once in the loss: 2**24 are 64 MB in fp32. More are computed again in the backward pass.
+LOGITS_AT_ONCE = 2**24
 
 
 def _attend(module: nn.Module, asking_states: Tensor, asked_states: Tensor, asking, asked, causal=False) -> Tensor:
