@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 
-from stages import manifest
+from stages import manifest, sharding
 from stages.leftovers import FOLDER
 from stages.runtime import root_folder
 
@@ -159,7 +160,8 @@ class Checkpoints:
 
 
 def _read(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    # Mapped: of a sharded optimizer's moments a rank needs its part alone.
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)
     return load_file(folder / "weights.safetensors"), state
 
 
@@ -178,11 +180,16 @@ def _damage(folder: Path) -> str | None:
 def own_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The model's parameters and buffers themselves, tied ones once."""
     seen, tensors = set(), {}
-    for name, value in model.state_dict().items():
-        if value.data_ptr() not in seen or value.numel() == 0:
-            seen.add(value.data_ptr())
+    for name, value in model.state_dict(keep_vars=True).items():
+        if _place(value) not in seen or value.numel() == 0:
+            seen.add(_place(value))
             tensors[name] = value.detach()
     return tensors
+
+
+def _place(value: torch.Tensor) -> int:
+    """The same for tied tensors alone; a rank's part of a tensor may be empty, and then lies nowhere."""
+    return id(value) if isinstance(value, DTensor) else value.data_ptr()
 
 
 def own_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -193,8 +200,11 @@ def own_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def snapshot(state, into=None):
     """A copy of a training's state in the host's memory, which the steps to come do not change.
 
-    `into` is an earlier copy that is no longer needed: memory that has been used before is several times as fast.
+    `into` is an earlier copy that is no longer needed: memory that has been used before is several times as fast. With
+    sharded tensors every rank must call it; rank 0 gets them whole, the others nothing.
     """
+    if isinstance(state, DTensor):
+        state = sharding.whole(state)
     if isinstance(state, torch.Tensor):
         if isinstance(into, torch.Tensor) and (into.shape, into.dtype) == (state.shape, state.dtype):
             return into.copy_(state.detach())
@@ -210,11 +220,15 @@ def snapshot(state, into=None):
 
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """Copies weights saved by `own_weights` back; tied ones follow their twin."""
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert not unexpected, f"weights of another model: {unexpected[:3]}"
-    present = {value.data_ptr() for name, value in model.state_dict().items() if name in weights}
-    own = model.state_dict()
-    assert all(own[name].data_ptr() in present for name in missing), f"weights without values: {missing[:3]}"
+    own = model.state_dict(keep_vars=True)
+    unexpected = weights.keys() - own.keys()
+    assert not unexpected, f"weights of another model: {sorted(unexpected)[:3]}"
+    present = {_place(own[name]) for name in weights}
+    missing = [name for name, value in own.items() if _place(value) not in present]
+    assert not missing, f"weights without values: {missing[:3]}"
+    with torch.no_grad():
+        for name, value in weights.items():
+            own[name].copy_(sharding.part_of(value, own[name]))
 
 
 def random_state() -> dict:

@@ -1,0 +1,167 @@
+"""FSDP2 (Zhao et al. 2023, arXiv:2304.11277; torch's fully_shard): every rank holds a part of each trained tensor.
+
+`accelerate launch --use_fsdp --fsdp_version 2` asks for it. A layer's weights are gathered for its forward and its
+backward pass and given up again; gradients, moments and the weights themselves stay in parts. Gathering is a meeting of
+all ranks, so all of them make the same number of forward passes. Precision is that of autocast: under bf16 the weights
+travel in bf16 and are updated in fp32.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from stages import ranks
+from stages.micro_batches import REMEDIES, is_out_of_memory
+
+NOT_HONOURED = {
+    "FSDP_OFFLOAD_PARAMS": "parameters stay on the GPUs; launch with --fsdp_offload_params false",
+    "FSDP_ACTIVATION_CHECKPOINTING": "that is train.gradient_checkpointing here; launch without it",
+    "FSDP_IGNORED_MODULES": "all is sharded that is trained; launch without it",
+}
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """What accelerate's configuration says about it."""
+
+    layers: tuple[str, ...] = ()  # classes whose modules are gathered one by one; none: those that the models name
+    reshard_after_forward: bool = True  # False: a layer's weights stay from its forward to its backward pass
+
+
+def asked() -> Sharding | None:
+    """What `accelerate launch --use_fsdp` asked for, None without it or with one process.
+
+    From then on accelerate and transformers are not told of it: they would wrap and load the models their own way.
+    Raises ValueError for FSDP 1 and for what is not honoured.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() not in ("true", "1"):
+        return None
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ValueError("FSDP_VERSION: version 1 is not supported; give --fsdp_version 2")
+    for variable, remedy in NOT_HONOURED.items():
+        if os.environ.get(variable, "false").lower() not in ("", "false", "0", "none"):
+            raise ValueError(f"{variable} is set: {remedy}")
+    os.environ["ACCELERATE_USE_FSDP"] = "false"
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return None
+    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
+    return Sharding(
+        tuple(name.strip() for name in named.split(",") if name.strip()),
+        os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() not in ("false", "0"),
+    )
+
+
+def shard(rag: nn.Module, how: Sharding, device: torch.device, precision: str) -> None:
+    """Replaces the weights of a Rag, in place and layer by layer, by this rank's part of them on `device`.
+
+    `rag` may be on the CPU: no GPU ever holds more than its part and one layer. `precision` is accelerate's name, no or
+    bf16. Raises ValueError for fp16, for layers that are not there or not always run, and where the ranks' weights differ.
+    """
+    if precision == "fp16":
+        raise ValueError("recipes: precision: fp16 does not work with FSDP, which has no loss scaling; use bf16 or fp32")
+    if any(getattr(module, "layerdrop", 0) for module in rag.modules()):
+        raise ValueError(
+            "models.generator: layers are left out at random (layerdrop), which FSDP's ranks would not do together; set "
+            "it to 0 in the model's config.json"
+        )
+    ranks.check_same("weights", sum(float(value.detach().double().sum()) for value in rag.parameters()))
+    rag.packed = None  # it reads weights past the layers, whose forward passes gather them
+    names = set(how.layers) or {
+        name for module in rag.modules() for name in getattr(module, "_no_split_modules", None) or ()
+    }
+    missing = names - {type(module).__name__ for module in rag.modules()} if how.layers else None
+    if missing:
+        raise ValueError(f"FSDP_TRANSFORMER_CLS_TO_WRAP: the models have no layers of class {', '.join(sorted(missing))}")
+    settings = {
+        "mesh": init_device_mesh(device.type, (ranks.world(),)),
+        "reshard_after_forward": how.reshard_after_forward,
+        # Inputs are left to autocast, as without FSDP.
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if precision == "bf16" else None, reduce_dtype=torch.float, cast_forward_inputs=False
+        ),
+    }
+    for module in reversed(list(rag.modules())):  # what is inside first
+        if type(module).__name__ in names:
+            fully_shard(module, **settings)
+    fully_shard(rag, **settings)
+    for module in rag.modules():
+        if isinstance(module, FSDPModule):
+            # An update is the sum over all questions. gloo knows no sum with a factor, NCCL needs none.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` was called on it."""
+    return isinstance(model, FSDPModule)
+
+
+def missing_passes(rag: nn.Module, passes: int) -> int:
+    """Forward passes that this rank has fewer than another one and must make too: 0 without FSDP. Asked before the first."""
+    return ranks.most(passes) - passes if is_sharded(rag) else 0
+
+
+def part_of(value: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of the whole `value`, a copy dealt out as `like` is; `value` itself where `like` is whole."""
+    if not isinstance(like, DTensor) or value.shape != like.shape:
+        return value
+    with torch.no_grad():
+        return torch.empty_like(like, dtype=value.dtype).copy_(
+            distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+        )
+
+
+def parts_of_moments(state: dict, optimizer: torch.optim.Optimizer) -> dict:
+    """An optimizer's state_dict of whole tensors, each replaced by this rank's part."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        place: {name: part_of(value, parameters[place]) if isinstance(value, Tensor) else value for name, value in of.items()}
+        for place, of in state["state"].items()
+    }
+    return state | {"state": moments}
+
+
+def whole(value: Tensor) -> Tensor | None:
+    """The whole of a tensor of which every rank has a part, for rank 0; None for the others, which must call it too."""
+    found = value.detach().full_tensor()
+    return found if ranks.is_main() else None
+
+
+def make_whole(rag: nn.Module) -> None:
+    """Gives rank 0 all weights again, on the CPU, to be saved; every rank must call it. Nothing happens without FSDP."""
+    if not is_sharded(rag):
+        return
+    rag.state_dict()  # its hooks give up what a forward pass has gathered
+    found: dict[nn.Parameter, nn.Parameter] = {}  # tied ones once
+    for module in rag.modules():
+        for name, parameter in module._parameters.items():
+            if not isinstance(parameter, DTensor):
+                continue
+            if parameter not in found:
+                gathered = whole(parameter)
+                found[parameter] = parameter if gathered is None else nn.Parameter(gathered.cpu(), parameter.requires_grad)
+            module._parameters[name] = found[parameter]
+
+
+@contextmanager
+def memory_errors(rag: nn.Module) -> Iterator[None]:
+    """While open, running out of memory is a ValueError with FSDP: one rank cannot begin anew without the others."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not (is_sharded(rag) and is_out_of_memory(error)):
+            raise
+        raise ValueError(f"out of memory, and with FSDP no pass is halved; lower train.batch_size, or {REMEDIES}") from error
+
+
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """The norm of all gradients together, the same on every rank."""
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
