@@ -65,7 +65,9 @@ def shard(rag: nn.Module, how: Sharding, device: torch.device, precision: str) -
     bf16. Raises ValueError for fp16, for layers that are not there or not always run, and where the ranks' weights differ.
     """
     if precision == "fp16":
-        raise ValueError("recipes: precision: fp16 does not work with FSDP, which has no loss scaling; use bf16 or fp32")
+        raise ValueError(
+            "recipes: precision: fp16 does not work with FSDP, which has no loss scaling; use bf16 or fp32"
+        )
     if any(getattr(module, "layerdrop", 0) for module in rag.modules()):
         raise ValueError(
             "models.generator: layers are left out at random (layerdrop), which FSDP's ranks would not do together; set "
@@ -78,13 +80,17 @@ def shard(rag: nn.Module, how: Sharding, device: torch.device, precision: str) -
     }
     missing = names - {type(module).__name__ for module in rag.modules()} if how.layers else None
     if missing:
-        raise ValueError(f"FSDP_TRANSFORMER_CLS_TO_WRAP: the models have no layers of class {', '.join(sorted(missing))}")
+        raise ValueError(
+            f"FSDP_TRANSFORMER_CLS_TO_WRAP: the models have no layers of class {', '.join(sorted(missing))}"
+        )
     settings = {
         "mesh": init_device_mesh(device.type, (ranks.world(),)),
         "reshard_after_forward": how.reshard_after_forward,
         # Inputs are left to autocast, as without FSDP.
         "mp_policy": MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if precision == "bf16" else None, reduce_dtype=torch.float, cast_forward_inputs=False
+            param_dtype=torch.bfloat16 if precision == "bf16" else None,
+            reduce_dtype=torch.float,
+            cast_forward_inputs=False,
         ),
     }
     for module in reversed(list(rag.modules())):  # what is inside first
@@ -122,7 +128,10 @@ def parts_of_moments(state: dict, optimizer: torch.optim.Optimizer) -> dict:
     """An optimizer's state_dict of whole tensors, each replaced by this rank's part."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
-        place: {name: part_of(value, parameters[place]) if isinstance(value, Tensor) else value for name, value in of.items()}
+        place: {
+            name: part_of(value, parameters[place]) if isinstance(value, Tensor) else value
+            for name, value in of.items()
+        }
         for place, of in state["state"].items()
     }
     return state | {"state": moments}
@@ -146,7 +155,9 @@ def make_whole(rag: nn.Module) -> None:
                 continue
             if parameter not in found:
                 gathered = whole(parameter)
-                found[parameter] = parameter if gathered is None else nn.Parameter(gathered.cpu(), parameter.requires_grad)
+                found[parameter] = (
+                    parameter if gathered is None else nn.Parameter(gathered.cpu(), parameter.requires_grad)
+                )
             module._parameters[name] = found[parameter]
 
 
@@ -158,7 +169,9 @@ def memory_errors(rag: nn.Module) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not (is_sharded(rag) and is_out_of_memory(error)):
             raise
-        raise ValueError(f"out of memory, and with FSDP no pass is halved; lower train.batch_size, or {REMEDIES}") from error
+        raise ValueError(
+            f"out of memory, and with FSDP no pass is halved; lower train.batch_size, or {REMEDIES}"
+        ) from error
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:

@@ -14,8 +14,7 @@ from stages.runtime import run
 
 def train(
     folder: Path, stop_at: int | None = None, sgd: bool = True, shards: bool = False, fsdp: bool = False,
-    generator: str = "bart", precision: str = "no", questions: int | None = None,
-    lora: bool = False, **settings,
+    generator: str = "bart", lora: bool = False, precision: str = "no", questions: int | None = None, **settings,
 ):  # fmt: skip
     """A training of the tiny model; at step `stop_at` the last rank alone is asked to stop."""
     import tiny_rag
@@ -156,9 +155,11 @@ def main() -> None:
         return
     import torch
 
-    from stages import ranks
+    from stages import ranks, sharding
 
     torch.set_num_threads(1)
+    if settings.get("fsdp") == "asked":  # by accelerate
+        settings["fsdp"] = sharding.asked() is not None
     with ranks.group(torch.device("cpu")):
         if work == "encode":
             import test_encoding
