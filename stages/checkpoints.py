@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch.distributed.tensor import DTensor
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from stages import manifest, sharding
+from stages import manifest, ranks
 from stages.leftovers import FOLDER
 from stages.runtime import root_folder
 
@@ -204,7 +205,7 @@ def snapshot(state, into=None):
     sharded tensors every rank must call it; rank 0 gets them whole, the others nothing.
     """
     if isinstance(state, DTensor):
-        state = sharding.whole(state)
+        state = whole(state)
     if isinstance(state, torch.Tensor):
         if isinstance(into, torch.Tensor) and (into.shape, into.dtype) == (state.shape, state.dtype):
             return into.copy_(state.detach())
@@ -228,7 +229,27 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> No
     assert not missing, f"weights without values: {missing[:3]}"
     with torch.no_grad():
         for name, value in weights.items():
-            own[name].copy_(sharding.part_of(value, own[name]))
+            own[name].copy_(part_of(value, own[name]))
+
+
+def part_of(value: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of the whole `value`, a copy dealt out as `like` is; `value` itself where `like` is whole."""
+    if not isinstance(like, DTensor) or value.shape != like.shape:
+        return value
+    with torch.no_grad():
+        return torch.empty_like(like, dtype=value.dtype).copy_(
+            distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+        )
+
+
+def whole(value: Tensor) -> Tensor | None:
+    """The whole of a tensor of which every rank has a part, for rank 0; None for the others, which must call it too."""
+    found = value.detach().full_tensor()
+    if ranks.is_main():
+        return found
+    if found.is_cuda:  # stay in step with rank 0, which copies each of them: NCCL waits for a minute only
+        torch.cuda.synchronize(found.device)
+    return None
 
 
 def random_state() -> dict:

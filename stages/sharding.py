@@ -2,8 +2,8 @@
 
 `accelerate launch --use_fsdp --fsdp_version 2` asks for it. A layer's weights are gathered for its forward and its
 backward pass and given up again; gradients, moments and the weights themselves stay in parts. Gathering is a meeting of
-all ranks, so all of them make the same number of forward passes. Precision is that of autocast: under bf16 the weights
-travel in bf16 and are updated in fp32.
+all ranks, so all of them make the same number of forward passes. Precision is that of autocast: under bf16 the layers'
+weights travel in bf16 and are updated in fp32.
 """
 
 import os
@@ -15,15 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from stages import ranks
+from stages.checkpoints import part_of, whole
 from stages.micro_batches import REMEDIES, is_out_of_memory
 
 NOT_HONOURED = {
     "FSDP_OFFLOAD_PARAMS": "parameters stay on the GPUs; launch with --fsdp_offload_params false",
     "FSDP_ACTIVATION_CHECKPOINTING": "that is train.gradient_checkpointing here; launch without it",
     "FSDP_IGNORED_MODULES": "all is sharded that is trained; launch without it",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "all ranks share one copy of the models; launch without it",
 }
 
 
@@ -48,6 +50,10 @@ def asked() -> Sharding | None:
     for variable, remedy in NOT_HONOURED.items():
         if os.environ.get(variable, "false").lower() not in ("", "false", "0", "none"):
             raise ValueError(f"{variable} is set: {remedy}")
+    if os.environ.get("FSDP_AUTO_WRAP_POLICY", "").upper() == "SIZE_BASED_WRAP":
+        raise ValueError(
+            "FSDP_AUTO_WRAP_POLICY: SIZE_BASED_WRAP is not supported; give TRANSFORMER_BASED_WRAP or nothing"
+        )
     os.environ["ACCELERATE_USE_FSDP"] = "false"
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None
@@ -73,30 +79,25 @@ def shard(rag: nn.Module, how: Sharding, device: torch.device, precision: str) -
             "models.generator: layers are left out at random (layerdrop), which FSDP's ranks would not do together; set "
             "it to 0 in the model's config.json"
         )
-    ranks.check_same("weights", sum(float(value.detach().double().sum()) for value in rag.parameters()))
-    rag.packed = None  # it reads weights past the layers, whose forward passes gather them
-    names = set(how.layers) or {
-        name for module in rag.modules() for name in getattr(module, "_no_split_modules", None) or ()
-    }
-    missing = names - {type(module).__name__ for module in rag.modules()} if how.layers else None
-    if missing:
+    named = {name for module in rag.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    classes = set(how.layers) or named
+    if missing := set(how.layers) - {type(module).__name__ for module in rag.modules()}:
         raise ValueError(
             f"FSDP_TRANSFORMER_CLS_TO_WRAP: the models have no layers of class {', '.join(sorted(missing))}"
         )
-    settings = {
-        "mesh": init_device_mesh(device.type, (ranks.world(),)),
-        "reshard_after_forward": how.reshard_after_forward,
-        # Inputs are left to autocast, as without FSDP.
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if precision == "bf16" else None,
-            reduce_dtype=torch.float,
-            cast_forward_inputs=False,
-        ),
-    }
+    ranks.wait()  # however unequally long the disks took
+    ranks.check_same("weights", sum(float(value.detach().double().sum()) for value in rag.parameters()))
+    rag.packed = None  # it reads weights past the layers, whose forward passes gather them
+    mesh = init_device_mesh(device.type, (ranks.world(),))
+    # Inputs and operations are left to autocast, as without FSDP; what is outside of the layers is so altogether.
+    in_layers, outside = (
+        MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float, cast_forward_inputs=False)
+        for dtype in (torch.bfloat16 if precision == "bf16" else None, None)
+    )
     for module in reversed(list(rag.modules())):  # what is inside first
-        if type(module).__name__ in names:
-            fully_shard(module, **settings)
-    fully_shard(rag, **settings)
+        if type(module).__name__ in classes:
+            fully_shard(module, mesh=mesh, mp_policy=in_layers, reshard_after_forward=how.reshard_after_forward)
+    fully_shard(rag, mesh=mesh, mp_policy=outside, reshard_after_forward=how.reshard_after_forward)
     for module in rag.modules():
         if isinstance(module, FSDPModule):
             # An update is the sum over all questions. gloo knows no sum with a factor, NCCL needs none.
@@ -114,16 +115,6 @@ def missing_passes(rag: nn.Module, passes: int) -> int:
     return ranks.most(passes) - passes if is_sharded(rag) else 0
 
 
-def part_of(value: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of the whole `value`, a copy dealt out as `like` is; `value` itself where `like` is whole."""
-    if not isinstance(like, DTensor) or value.shape != like.shape:
-        return value
-    with torch.no_grad():
-        return torch.empty_like(like, dtype=value.dtype).copy_(
-            distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
-        )
-
-
 def parts_of_moments(state: dict, optimizer: torch.optim.Optimizer) -> dict:
     """An optimizer's state_dict of whole tensors, each replaced by this rank's part."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -135,12 +126,6 @@ def parts_of_moments(state: dict, optimizer: torch.optim.Optimizer) -> dict:
         for place, of in state["state"].items()
     }
     return state | {"state": moments}
-
-
-def whole(value: Tensor) -> Tensor | None:
-    """The whole of a tensor of which every rank has a part, for rank 0; None for the others, which must call it too."""
-    found = value.detach().full_tensor()
-    return found if ranks.is_main() else None
 
 
 def make_whole(rag: nn.Module) -> None:

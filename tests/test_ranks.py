@@ -112,7 +112,7 @@ def test_the_old_recipe_is_refused_on_several_ranks():
 
 
 @pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_what_shards_the_model_is_refused(monkeypatch, variable):
+def test_what_shards_the_model_in_another_way_or_another_stage_is_refused(monkeypatch, variable):
     monkeypatch.setenv(variable, "true")
     with pytest.raises(ValueError, match=f"{variable} is set.*not supported"):
         ranks.refuse_other_schemes()

@@ -55,6 +55,7 @@ def test_without_it_or_with_one_process_nothing_is_sharded(fsdp):
         ("FSDP_OFFLOAD_PARAMS", "true", "--fsdp_offload_params false"),
         ("FSDP_ACTIVATION_CHECKPOINTING", "true", "train.gradient_checkpointing"),
         ("FSDP_IGNORED_MODULES", "lm_head", "launch without it"),
+        ("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP", "TRANSFORMER_BASED_WRAP"),
     ],
 )
 def test_what_is_not_honoured_is_refused_in_one_line(fsdp, variable, value, told):
