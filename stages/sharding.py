@@ -2,8 +2,8 @@
 
 `accelerate launch --use_fsdp --fsdp_version 2` asks for it. A layer's weights are gathered for its forward and its
 backward pass and given up again; gradients, moments and the weights themselves stay in parts. Gathering is a meeting of
-all ranks, so all of them make the same number of forward passes. Precision is that of autocast: under bf16 the layers'
-weights travel in bf16 and are updated in fp32.
+all ranks, so all of them make the same number of forward passes. Under bf16 weights travel and work in bf16, where
+autocast alone would keep embeddings and norms in fp32; gradients are summed and weights updated in fp32.
 """
 
 import os
@@ -89,15 +89,14 @@ def shard(rag: nn.Module, how: Sharding, device: torch.device, precision: str) -
     ranks.check_same("weights", sum(float(value.detach().double().sum()) for value in rag.parameters()))
     rag.packed = None  # it reads weights past the layers, whose forward passes gather them
     mesh = init_device_mesh(device.type, (ranks.world(),))
-    # Inputs and operations are left to autocast, as without FSDP; what is outside of the layers is so altogether.
-    in_layers, outside = (
-        MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float, cast_forward_inputs=False)
-        for dtype in (torch.bfloat16 if precision == "bf16" else None, None)
+    # Left to autocast, a cast copy of every layer's weights would stay until the backward pass. Its operations remain.
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if precision == "bf16" else None, reduce_dtype=torch.float, cast_forward_inputs=False
     )
     for module in reversed(list(rag.modules())):  # what is inside first
         if type(module).__name__ in classes:
-            fully_shard(module, mesh=mesh, mp_policy=in_layers, reshard_after_forward=how.reshard_after_forward)
-    fully_shard(rag, mesh=mesh, mp_policy=outside, reshard_after_forward=how.reshard_after_forward)
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=how.reshard_after_forward)
+    fully_shard(rag, mesh=mesh, mp_policy=policy, reshard_after_forward=how.reshard_after_forward)
     for module in rag.modules():
         if isinstance(module, FSDPModule):
             # An update is the sum over all questions. gloo knows no sum with a factor, NCCL needs none.

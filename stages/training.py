@@ -27,7 +27,7 @@ from stages.rag import Examples, Rag
 from stages.recipes import Update, check_ranks, updates
 from stages.refresh import Refresh, split_snapshots
 from stages.skips import Skips, step_unless
-from stages.throughput import DeviceGaps, matrix_rate, training_flop, weights_by_tokens
+from stages.throughput import DeviceGaps, gpu_use, matrix_rate, training_flop, weights_by_tokens
 
 VALIDATION_BATCH = 16
 SUMS = (
@@ -163,17 +163,6 @@ def distinct_share(rows: torch.Tensor) -> torch.Tensor:
     return (first & present).sum() / present.sum().clamp(min=1)
 
 
-def _gpu_use(device: torch.device) -> dict[str, float]:
-    """Percent of the GPU in use now and percent of its memory in use at the peak; nothing without a GPU."""
-    if device.type != "cuda":
-        return {}
-    memory = 100 * torch.cuda.max_memory_reserved(device) / torch.cuda.get_device_properties(device).total_memory
-    try:
-        return {"gpu_utilization": float(torch.cuda.utilization(device)), "gpu_memory": memory}
-    except (ModuleNotFoundError, RuntimeError):  # nvidia-ml-py is missing, or the driver does not answer
-        return {}
-
-
 class Trainer:
     """One training run of a RAG model under a recipe."""
 
@@ -189,7 +178,7 @@ class Trainer:
             # The generator's alone: a question is short, its encoder keeps little.
             rag.generator_model.gradient_checkpointing_enable({"use_reentrant": False})
         # Precision only ("evaluation"): DDP would average gradients, but an update is the sum over all questions.
-        self.model = self.accelerator.prepare_model(rag, evaluation_mode=True)
+        self.model = self.accelerator.prepare_model(rag, device_placement=False, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare_optimizer(make_optimizer(rag, settings))
         self.schedule = make_schedule(self.optimizer.optimizer, settings)
         self.progress = Progress()
@@ -475,7 +464,7 @@ class Trainer:
             "tokens_per_second": (float(sums["context_tokens"]) + float(sums["target_tokens"])) / seconds,
             "mfu": flop / seconds / (self.matrix_rate * ranks.world()),
             "host_wait": (window.waited + window.waits.seconds()) / seconds,
-            **_gpu_use(self.accelerator.device),
+            **gpu_use(self.accelerator.device),
         }
 
     def _validate(self, validation: Examples) -> dict[str, float]:

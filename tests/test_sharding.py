@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_ranks import BIN, SIX_STEPS, THREE_STEPS, alone, assert_same_curve, done, start
+from test_ranks import BIN, FOREVER, SIX_STEPS, THREE_STEPS, alone, assert_same_curve, done, start, until_running
 from tiny_rag import tiny_rag
 
 from stages import ranks, sharding
@@ -188,6 +188,18 @@ def test_a_nan_on_one_rank_is_skipped_by_all(tmp_path):
 def test_a_rank_that_runs_out_of_memory_ends_all_with_a_line_that_says_so(tmp_path):
     _, errors = done(start("oom", tmp_path, 2, fsdp=True, **UNCLIPPED), 1)
     assert "out of memory, and with FSDP no pass is halved; lower train.batch_size" in errors
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_job_and_it_goes_on_afterwards(tmp_path):
+    process = start("train", tmp_path, 2, fsdp=True, **FOREVER | {"save_steps": 1})
+    children = until_running(process, tmp_path)
+    next(child for child in children if child.environ()["RANK"] == "1").kill()
+    _, errors = done(process, 128 + signal.SIGKILL)
+    assert "error: rank 1 of 2 was ended by SIGKILL" in errors.splitlines()[-1]
+    step = max(int(name.name[5:]) for name in (tmp_path / "checkpoints").glob("step-????????"))
+    output, _ = done(start("train", tmp_path, 2, fsdp=True, **FOREVER | {"max_steps": step + 1}))
+    assert f"resumed at step {step} of {step + 1}" in output
 
 
 @pytest.mark.slow
