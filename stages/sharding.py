@@ -67,8 +67,9 @@ def asked() -> Sharding | None:
 def shard(rag: nn.Module, how: Sharding, device: torch.device, precision: str) -> None:
     """Replaces the weights of a Rag, in place and layer by layer, by this rank's part of them on `device`.
 
-    `rag` may be on the CPU: no GPU ever holds more than its part and one layer. `precision` is accelerate's name, no or
-    bf16. Raises ValueError for fp16, for layers that are not there or not always run, and where the ranks' weights differ.
+    `rag` may be on the CPU: a GPU holds its part and, one at a time, a layer or what is outside of the layers
+    (embeddings, head). `precision` is accelerate's name, no or bf16. Raises ValueError for fp16, for layers that are not
+    there or not always run, and where the ranks' weights differ.
     """
     if precision == "fp16":
         raise ValueError(
