@@ -14,8 +14,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from stages import manifest
+from stages import manifest, ranks
 from stages.leftovers import FOLDER
 from stages.runtime import root_folder
 
@@ -159,7 +161,8 @@ class Checkpoints:
 
 
 def _read(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    # Mapped: of a sharded optimizer's moments a rank needs its part alone.
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)
     return load_file(folder / "weights.safetensors"), state
 
 
@@ -178,11 +181,16 @@ def _damage(folder: Path) -> str | None:
 def own_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The model's parameters and buffers themselves, tied ones once."""
     seen, tensors = set(), {}
-    for name, value in model.state_dict().items():
-        if value.data_ptr() not in seen or value.numel() == 0:
-            seen.add(value.data_ptr())
+    for name, value in model.state_dict(keep_vars=True).items():
+        if _place(value) not in seen or value.numel() == 0:
+            seen.add(_place(value))
             tensors[name] = value.detach()
     return tensors
+
+
+def _place(value: torch.Tensor) -> int:
+    """The same for tied tensors alone; a rank's part of a tensor may be empty, and then lies nowhere."""
+    return id(value) if isinstance(value, DTensor) else value.data_ptr()
 
 
 def own_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -193,8 +201,11 @@ def own_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def snapshot(state, into=None):
     """A copy of a training's state in the host's memory, which the steps to come do not change.
 
-    `into` is an earlier copy that is no longer needed: memory that has been used before is several times as fast.
+    `into` is an earlier copy that is no longer needed: memory that has been used before is several times as fast. With
+    sharded tensors every rank must call it; rank 0 gets them whole, the others nothing.
     """
+    if isinstance(state, DTensor):
+        state = whole(state)
     if isinstance(state, torch.Tensor):
         if isinstance(into, torch.Tensor) and (into.shape, into.dtype) == (state.shape, state.dtype):
             return into.copy_(state.detach())
@@ -210,11 +221,35 @@ def snapshot(state, into=None):
 
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """Copies weights saved by `own_weights` back; tied ones follow their twin."""
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert not unexpected, f"weights of another model: {unexpected[:3]}"
-    present = {value.data_ptr() for name, value in model.state_dict().items() if name in weights}
-    own = model.state_dict()
-    assert all(own[name].data_ptr() in present for name in missing), f"weights without values: {missing[:3]}"
+    own = model.state_dict(keep_vars=True)
+    unexpected = weights.keys() - own.keys()
+    assert not unexpected, f"weights of another model: {sorted(unexpected)[:3]}"
+    present = {_place(own[name]) for name in weights}
+    missing = [name for name, value in own.items() if _place(value) not in present]
+    assert not missing, f"weights without values: {missing[:3]}"
+    with torch.no_grad():
+        for name, value in weights.items():
+            own[name].copy_(part_of(value, own[name]))
+
+
+def part_of(value: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of the whole `value`, a copy dealt out as `like` is; `value` itself where `like` is whole."""
+    if not isinstance(like, DTensor) or value.shape != like.shape:
+        return value
+    with torch.no_grad():
+        return torch.empty_like(like, dtype=value.dtype).copy_(
+            distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+        )
+
+
+def whole(value: Tensor) -> Tensor | None:
+    """The whole of a tensor of which every rank has a part, for rank 0; None for the others, which must call it too."""
+    found = value.detach().full_tensor()
+    if ranks.is_main():
+        return found
+    if found.is_cuda:  # stay in step with rank 0, which copies each of them: NCCL waits for a minute only
+        torch.cuda.synchronize(found.device)
+    return None
 
 
 def random_state() -> dict:

@@ -38,10 +38,11 @@ def free_memory() -> None:
     clear_device_cache(garbage_collection=True)
 
 
-def in_batches(count: int, size: int, work: Callable[[list[int]], object]) -> Iterator:
-    """`work` of the rows 0 to count - 1, `size` together, fewer where memory runs out; in the order of the rows."""
+def in_batches(count: int, size: int, work: Callable[[list[int]], object], halve: bool = True) -> Iterator:
+    """`work` of the rows 0 to count - 1, `size` together, fewer where memory runs out (`halve`); in the order of the rows."""
     for first in range(0, count, size):
-        yield from in_parts(list(range(first, min(first + size, count))), work)
+        rows = list(range(first, min(first + size, count)))
+        yield from in_parts(rows, work) if halve else [work(rows)]
 
 
 def in_parts(rows: list[int], work: Callable[[list[int]], object]) -> Iterator:

@@ -230,11 +230,11 @@ def packed_likelihood(generator: Generator) -> PackedBart | PackedCausal | None:
 def open_rag(
     encoder: Encoder, generator: Generator, index: PassageIndex, passages: TokenStore, n_docs: int, lengths: Lengths,
     device: torch.device, score_scale: float = 1.0, hybrid_weight: float = 0.0,
-    passage_encoder: PassageEncoder | None = None,
+    passage_encoder: PassageEncoder | None = None, models_move: bool = True,
 ) -> Rag:  # fmt: skip
     """Puts the pieces together on `device`; scores are `score_scale` times the inner product, plus BM25's share.
 
-    With a `passage_encoder` the context encoder trains too.
+    With a `passage_encoder` the context encoder trains too. Unless `models_move`, the models stay where they are.
 
     Raises ValueError where they do not fit each other."""
     if encoder.dimension != index.vectors.shape[1]:
@@ -254,20 +254,19 @@ def open_rag(
         )
     on_device = passages.to(device) if device.type == "cuda" else passages
     searched = index.to(device, together=True)
-    return Rag(
-        encoder, generator, searched, on_device, n_docs, lengths, score_scale, hybrid_weight, passage_encoder
-    ).to(device)
+    rag = Rag(encoder, generator, searched, on_device, n_docs, lengths, score_scale, hybrid_weight, passage_encoder)
+    return rag.to(device) if models_move else rag
 
 
 def open_rag_on(
     parts: tuple[Encoder, Generator], index: Path, tokens: Path, params: Params, device: torch.device,
-    passage_encoder: PassageEncoder | None = None,
+    passage_encoder: PassageEncoder | None = None, models_move: bool = True,
 ) -> Rag:  # fmt: skip
     """`open_rag` of a question encoder and a generator over the index and the tokens in these folders."""
     searching, retriever = load_index(index, params.index), params.retriever
     return open_rag(
         *parts, searching, TokenStore.open(tokens), retriever.n_docs, params.lengths, device, retriever.score_scale,
-        retriever.hybrid_weight, passage_encoder,
+        retriever.hybrid_weight, passage_encoder, models_move,
     )  # fmt: skip
 
 

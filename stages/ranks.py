@@ -21,8 +21,10 @@ TIMEOUT = timedelta(seconds=60)  # of a collective: a rank that hangs ends the j
 PATIENCE = timedelta(days=2)  # of `wait`: while rank 0 writes or builds; a rank that died is known at once here too
 BUCKET = 1 << 25  # gradients sent together, 128 MiB in fp32
 NOT_OURS = {
-    "ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-}  # fmt: skip
+    "ACCELERATE_USE_FSDP": "FSDP outside of stages.train",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
 NOBODY = 1 << 62
 
 _patient: dist.ProcessGroup | None = None
@@ -61,12 +63,11 @@ def _leave() -> None:
 
 
 def refuse_other_schemes() -> None:
-    """Raises ValueError where `accelerate launch` was told to shard the model or to change the gradients."""
+    """Raises ValueError where `accelerate launch` was told to shard the model, other than by sharding.py, or to change
+    the gradients."""
     for variable, name in NOT_OURS.items():
         if os.environ.get(variable, "false").lower() in ("true", "1"):
-            raise ValueError(
-                f"{variable} is set: {name} is not supported, every rank holds the whole model; launch without it"
-            )
+            raise ValueError(f"{variable} is set: {name} is not supported; launch without it")
     if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") not in ("1", ""):
         raise ValueError(
             "ACCELERATE_GRADIENT_ACCUMULATION_STEPS is set: accumulation is train.gradient_accumulation_steps here; launch "

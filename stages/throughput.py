@@ -66,6 +66,17 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def gpu_use(device: torch.device) -> dict[str, float]:
+    """Percent of the GPU in use now and percent of its memory in use at the peak; nothing without a GPU."""
+    if device.type != "cuda":
+        return {}
+    memory = 100 * torch.cuda.max_memory_reserved(device) / torch.cuda.get_device_properties(device).total_memory
+    try:
+        return {"gpu_utilization": float(torch.cuda.utilization(device)), "gpu_memory": memory}
+    except (ModuleNotFoundError, RuntimeError):  # nvidia-ml-py is missing, or the driver does not answer
+        return {}
+
+
 class DeviceGaps:
     """Seconds between two points of the host's program as the device lived them.
 

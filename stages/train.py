@@ -4,6 +4,7 @@
     dvc exp run -S train.max_steps=10               # a tiny run
     dvc exp run -S train.recipe=old                 # the old recipe, for comparison
     torchrun --nproc-per-node=4 -m stages.train     # or runtime.processes: 4; four ranks, the same updates
+    accelerate launch --use_fsdp --fsdp_version 2 --num_processes 4 -m stages.train     # each holding a quarter
 
 The result is a transformers RAG checkpoint; where the context encoder trains too (train.index_refresh_steps), it and the
 index of its vectors lie beside it. Killed and started again, it goes on from its last checkpoint.
@@ -38,18 +39,22 @@ def main() -> None:
     if launch(params.runtime.processes, params.runtime.device):
         return
     device = prepare_torch(params.runtime)
-    from stages import ranks
+    from stages import ranks, sharding
 
+    asked = sharding.asked()
     with ranks.group(device):
-        train(params, device)
+        train(params, device, asked)
 
 
-def train(params: Params, device) -> None:
-    """One rank's part of the training, or all of it; rank 0 alone writes what the stage leaves."""
+def train(params: Params, device, sharded=None) -> None:
+    """One rank's part of the training, or all of it; rank 0 alone writes what the stage leaves.
+
+    `sharded` is a sharding.Sharding: each rank then holds a part of the models.
+    """
     import torch
     from transformers import DPRContextEncoder
 
-    from stages import leftovers, manifest, ranks
+    from stages import leftovers, manifest, ranks, sharding
     from stages import rag as rag_model
     from stages.checkpoints import Checkpoints, checkpoint_folder, describe, digest, fingerprint
     from stages.corpus import read_rows
@@ -83,7 +88,12 @@ def train(params: Params, device) -> None:
         encoder = load_encoder(str(trained_encoders[-1]), "models.context_encoder", DPRContextEncoder)
         passage_tokens = tokenize_passages(encoder, rows["passages"], params.lengths.passage_tokens)
         passage_encoder = PassageEncoder(encoder, passage_tokens)
-    rag = rag_model.open_rag_on(parts, INDEX, TOKENS, params, device, passage_encoder)
+    precision = mixed_precision(params.recipe.precision, device)
+    rag = rag_model.open_rag_on(parts, INDEX, TOKENS, params, device, passage_encoder, models_move=sharded is None)
+    if sharded:
+        sharding.shard(rag, sharded, device, precision)
+        if ranks.is_main():
+            print("FSDP: padded forward passes, without CUDA graphs and without train.compile")
     if params.train.compile and rag.packed:
         rag.packed.compile()
     # Gradient checkpointing reads the random state on its way back, which a graph cannot.
@@ -117,7 +127,7 @@ def train(params: Params, device) -> None:
         rag,
         params.recipe,
         params.train,
-        mixed_precision(params.recipe.precision, device),
+        precision,
         params.train.seed,
         checkpoints,
         Skips(params.train.max_skipped_steps, list(rows["train"]["id"]), journal.with_name(f"skipped-{name}.json")),

@@ -4,6 +4,7 @@ accelerate carries precision, loss scaling, clipping and devices; the arithmetic
 what) comes from recipes.py, the loss from rag.py. A step is an optimizer step.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from stages import checkpoints as checkpointing
-from stages import marginalization, ranks
+from stages import marginalization, ranks, sharding
 from stages.checkpoints import Checkpoints
 from stages.interrupts import Interrupted
 from stages.micro_batches import free_memory, halved, in_batches, is_out_of_memory, split
@@ -26,7 +27,7 @@ from stages.rag import Examples, Rag
 from stages.recipes import Update, check_ranks, updates
 from stages.refresh import Refresh, split_snapshots
 from stages.skips import Skips, step_unless
-from stages.throughput import DeviceGaps, matrix_rate, training_flop, weights_by_tokens
+from stages.throughput import DeviceGaps, gpu_use, matrix_rate, training_flop, weights_by_tokens
 
 VALIDATION_BATCH = 16
 SUMS = (
@@ -99,20 +100,22 @@ def validation_loss(
     """Mean NLL of the validation answers, without label smoothing, per sequence and per answer token, in nats.
 
     A recipe that averages is measured by the RAG-Sequence marginal too: one yardstick for recipes to be compared by.
-    Every rank takes its share of the answers and returns the same sums.
+    Every rank takes its share of the answers and returns the same sums; with FSDP equally many, some for nothing.
     """
     measured = "token" if marginal == "token" else "sequence"
     was_training = rag.training
     rag.eval()
 
     mine = ranks.share(list(range(len(validation))))
+    counted = len(mine)
+    mine += [0] * sharding.missing_passes(rag, counted)
 
     def loss(places: list[int]) -> float:
-        rows = [mine[place] for place in places]
-        return rag(rag.batch(validation, rows), marginal=measured).nll.double().sum().item()
+        output = rag(rag.batch(validation, [mine[place] for place in places]), marginal=measured)
+        return output.nll[: max(0, counted - places[0])].double().sum().item()
 
     with torch.no_grad():
-        total = sum(in_batches(len(mine), batch_size, loss))
+        total = sum(in_batches(len(mine), batch_size, loss, halve=not sharding.is_sharded(rag)))
     rag.index.finish_searches()
     total = ranks.summed({"nll": total})["nll"]
     rag.train(was_training)
@@ -160,17 +163,6 @@ def distinct_share(rows: torch.Tensor) -> torch.Tensor:
     return (first & present).sum() / present.sum().clamp(min=1)
 
 
-def _gpu_use(device: torch.device) -> dict[str, float]:
-    """Percent of the GPU in use now and percent of its memory in use at the peak; nothing without a GPU."""
-    if device.type != "cuda":
-        return {}
-    memory = 100 * torch.cuda.max_memory_reserved(device) / torch.cuda.get_device_properties(device).total_memory
-    try:
-        return {"gpu_utilization": float(torch.cuda.utilization(device)), "gpu_memory": memory}
-    except (ModuleNotFoundError, RuntimeError):  # nvidia-ml-py is missing, or the driver does not answer
-        return {}
-
-
 class Trainer:
     """One training run of a RAG model under a recipe."""
 
@@ -180,12 +172,13 @@ class Trainer:
         device = next(rag.parameters()).device
         self.accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
         self.rag, self.recipe, self.settings, self.seed = rag, recipe, settings, seed
+        self.sharded = sharding.is_sharded(rag)
         self.checkpoints = checkpoints
         if settings.gradient_checkpointing:
             # The generator's alone: a question is short, its encoder keeps little.
             rag.generator_model.gradient_checkpointing_enable({"use_reentrant": False})
         # Precision only ("evaluation"): DDP would average gradients, but an update is the sum over all questions.
-        self.model = self.accelerator.prepare_model(rag, evaluation_mode=True)
+        self.model = self.accelerator.prepare_model(rag, device_placement=False, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare_optimizer(make_optimizer(rag, settings))
         self.schedule = make_schedule(self.optimizer.optimizer, settings)
         self.progress = Progress()
@@ -213,10 +206,12 @@ class Trainer:
         signal's number, with a checkpoint written.
 
         With several ranks each forwards its share of every update's questions, and all take the same step; rank 0 alone
-        calls `on_point`, writes and prints. A signal to any of them stops all.
+        calls `on_point`, writes and prints. A signal to any of them stops all. Of a sharded model, rank 0 gets all weights
+        back once the training has finished.
         """
         try:
-            self._run(training, validation, on_point, asked_to_stop)
+            with sharding.memory_errors(self.rag):
+                self._run(training, validation, on_point, asked_to_stop)
         finally:
             self.refresh.close()
             self.writing.result()
@@ -279,7 +274,7 @@ class Trainer:
     def _agree(self) -> None:
         """Every rank must start from the same weights, and draws dropout masks of its own."""
         ranks.check_same("step to go on from", self.progress.step)
-        if ranks.world() > 1:
+        if ranks.world() > 1 and not self.sharded:  # whose ranks were compared before
             ranks.check_same("weights", sum(float(value.detach().double().sum()) for value in self.rag.parameters()))
         if not ranks.is_main():
             torch.manual_seed((self.seed * 1_000_003 + self.progress.step) * 1024 + ranks.rank())
@@ -295,12 +290,18 @@ class Trainer:
     def _write(self, write: Callable, step: int, state: list, *what) -> None:
         """Writes a copy of `state` beside the steps to come: a disk takes half a minute for BART-large and its optimizer.
 
-        One at a time, or copies would pile up in memory; what went wrong with the last one is raised here.
+        One at a time, or copies would pile up in memory; what went wrong with the last one is raised here. Every rank
+        comes by: rank 0 writes what it holds, or what all of them hold a part of.
         """
         self.writing.result()
+        if self.sharded:
+            ranks.wait()  # for rank 0's disk
+        elif not ranks.is_main():
+            return
         copies = checkpointing.snapshot(state, self.copies.get(write.__name__))
-        self.copies[write.__name__] = copies
-        self.writing = self.writer.submit(write, step, *copies, *what)
+        if ranks.is_main():
+            self.copies[write.__name__] = copies
+            self.writing = self.writer.submit(write, step, *copies, *what)
 
     def _finish(self) -> None:
         """Brings back the weights that the recipe keeps, and keeps them until DVC has taken the model."""
@@ -308,6 +309,7 @@ class Trainer:
         ranks.wait()  # until rank 0 has written what all read
         if self.recipe.checkpoints == "best":
             checkpointing.load_weights(self.rag, self.checkpoints.best(self.progress.best_step))
+        sharding.make_whole(self.rag)
         ranks.wait()  # until all have read what rank 0 replaces
         if ranks.is_main():
             self.checkpoints.finish(checkpointing.own_weights(self.rag), {"progress": vars(self.progress)})
@@ -319,6 +321,7 @@ class Trainer:
             return False
         weights, state = found
         checkpointing.load_weights(self.rag, weights)
+        sharding.make_whole(self.rag)
         self.progress = Progress(**state["progress"])
         self.rag.eval()
         return True
@@ -333,7 +336,8 @@ class Trainer:
             if update.applied:
                 break
             self.optimizer.zero_grad()
-        ranks.sum_gradients(self.rag.parameters())
+        if not self.sharded:  # a sharded model's are sums already
+            ranks.sum_gradients(self.rag.parameters())
         norms = self._gradient_norms()
         self._step_if_finite(update.rows, norms["gradient_norm"])
         if not self.accelerator.optimizer_step_was_skipped:  # fp16's loss scaling drops steps that overflow
@@ -350,17 +354,22 @@ class Trainer:
     def _accumulate_all(self, training: Examples, update: Update, window: Window) -> None:
         """The gradients of an update; where memory runs out, anew from zero in forward passes of half the size.
 
-        Of a rank's share only; where one rank runs out of memory, all of them begin anew.
+        Of a rank's share only; where one rank runs out of memory, all of them begin anew. With FSDP none does, and who has
+        fewer passes makes further ones that weigh nothing.
         """
         before, random = window.state(), checkpointing.random_state()
         while True:
             rows: list[int] = []
             failed = size = ranks.NOBODY
             try:
-                for rows in split(self._share(update), self.progress.micro_batch):
+                passes = split(self._share(update), self.progress.micro_batch)
+                missing = sharding.missing_passes(self.rag, len(passes))
+                for rows in passes:
                     self._accumulate(training, rows, update.divisor, window)
+                for _ in range(missing):
+                    self._accumulate(training, update.rows[:1], math.inf, self._window())
             except (RuntimeError, MemoryError) as error:
-                if not (self.settings.halve_on_oom and is_out_of_memory(error)):
+                if self.sharded or not (self.settings.halve_on_oom and is_out_of_memory(error)):
                     raise
                 failed, size = len(rows), halved(len(rows))
             self.rag.index.finish_searches()
@@ -393,7 +402,7 @@ class Trainer:
         step_unless(bad, self.optimizer, scaled=self.accelerator.scaler is not None)
         self.skips.note(self.progress.step + 1, rows, bad, self.progress)
 
-    def _accumulate(self, training: Examples, rows: list[int], divisor: int, window: Window) -> None:
+    def _accumulate(self, training: Examples, rows: list[int], divisor: float, window: Window) -> None:
         if window.waits.opened is None:
             window.waits.open()
         batch = self.rag.batch(training, rows)
@@ -423,8 +432,10 @@ class Trainer:
             if encoder := getattr(self.rag, name):
                 gradients = [p.grad for p in encoder.parameters() if p.grad is not None]
                 zero = torch.zeros((), device=self.accelerator.device)
-                norms[f"{name}_gradient_norm"] = torch.nn.utils.get_total_norm(gradients) if gradients else zero
-        of_all = torch.nn.utils.clip_grad_norm_(self.rag.parameters(), self.settings.max_grad_norm)
+                norms[f"{name}_gradient_norm"] = sharding.total_norm(gradients) if gradients else zero
+        trained = [parameter for parameter in self.rag.parameters() if parameter.grad is not None]
+        of_all = sharding.total_norm([parameter.grad for parameter in trained])
+        torch.nn.utils.clip_grads_with_norm_(trained, self.settings.max_grad_norm, of_all)
         return {"gradient_norm": of_all, **norms}
 
     def _summary(self, window: Window, norms: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -453,7 +464,7 @@ class Trainer:
             "tokens_per_second": (float(sums["context_tokens"]) + float(sums["target_tokens"])) / seconds,
             "mfu": flop / seconds / (self.matrix_rate * ranks.world()),
             "host_wait": (window.waited + window.waits.seconds()) / seconds,
-            **_gpu_use(self.accelerator.device),
+            **gpu_use(self.accelerator.device),
         }
 
     def _validate(self, validation: Examples) -> dict[str, float]:
@@ -464,8 +475,7 @@ class Trainer:
             self.progress.best_loss = losses["val_loss_per_sequence"]
             self.progress.best_step = self.progress.step
             if self.checkpoints and self.recipe.checkpoints == "best":
-                if ranks.is_main():
-                    self._write(self.checkpoints.save_best, self.progress.step, [checkpointing.own_tensors(self.rag)])
+                self._write(self.checkpoints.save_best, self.progress.step, [checkpointing.own_tensors(self.rag)])
                 ranks.wait()
         return losses
 
@@ -478,10 +488,9 @@ class Trainer:
         """Writes what rank 0 holds and the sums of all ranks: any number of ranks may go on from there."""
         self.skips.settle(self.progress)
         sums = ranks.summed({name: getattr(window, name) for name in SUMS})
-        if ranks.is_main():
-            window.waited += window.waits.seconds()
-            window.waits.gaps.clear()
-            self._write_step(window.state() | (sums if ranks.world() > 1 else {}))
+        window.waited += window.waits.seconds()
+        window.waits.gaps.clear()
+        self._write_step(window.state() | (sums if ranks.world() > 1 else {}))
         ranks.wait()
 
     def _write_step(self, window: dict) -> None:
@@ -506,7 +515,7 @@ class Trainer:
         weights, state = found
         weights, snapshots = split_snapshots(weights)
         checkpointing.load_weights(self.rag, weights)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(sharding.parts_of_moments(state["optimizer"], self.optimizer))
         self.schedule.load_state_dict(state["schedule"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])

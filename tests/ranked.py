@@ -12,30 +12,40 @@ from stages.launching import launch
 from stages.runtime import run
 
 
-def train(folder: Path, stop_at: int | None = None, sgd: bool = True, shards: bool = False, **settings):
+def train(
+    folder: Path, stop_at: int | None = None, sgd: bool = True, shards: bool = False, fsdp: bool = False,
+    generator: str = "bart", lora: bool = False, precision: str = "no", questions: int | None = None, **settings,
+):  # fmt: skip
     """A training of the tiny model; at step `stop_at` the last rank alone is asked to stop."""
     import tiny_rag
     import torch
+    from test_families import rag_of
 
     from stages import ranks, training
     from stages.checkpoints import Checkpoints
     from stages.interrupts import Interrupts
+    from stages.lora import add_lora
+    from stages.params import Lora
     from stages.shards import ShardedSearch
 
     if sgd:  # Adam's first steps are the gradient's sign, which would hide a wrong scale
         training.make_optimizer = lambda rag, settings: torch.optim.SGD(rag.parameters(), lr=settings.learning_rate)
-    rag = tiny_rag.tiny_rag()
+    rag = rag_of(generator)
+    if lora:
+        add_lora(rag.generator_model, Lora(rank=2, alpha=4, dropout=0.0, target_modules=None))
+    if fsdp:
+        shard(folder, rag, precision)
     if shards:
         rag.index.exact = ShardedSearch(rag.index.vectors, torch.device("cpu"))
     trainer = training.Trainer(
         rag,
         tiny_rag.NEW,
         tiny_rag.SETTINGS.model_copy(update=settings),
-        "no",
+        precision,
         7,
         Checkpoints(folder / "checkpoints", 2),
     )
-    examples = rag.examples(tiny_rag.QUESTIONS, tiny_rag.ANSWERS)
+    examples = rag.examples(tiny_rag.QUESTIONS[:questions], tiny_rag.ANSWERS[:questions])
 
     def asked() -> int | None:
         if trainer.progress.step == 2:
@@ -48,13 +58,26 @@ def train(folder: Path, stop_at: int | None = None, sgd: bool = True, shards: bo
     return trainer
 
 
+def shard(folder: Path, rag, precision: str) -> None:
+    """As stages.train does it; leaves the share of the generator that this rank holds."""
+    import torch
+
+    from stages import ranks, sharding
+
+    sharding.shard(rag, sharding.Sharding(), torch.device("cpu"), precision)
+    sizes = [(value.to_local().numel(), value.numel()) for value in rag.generator_model.parameters()]
+    own, all_of_it = map(sum, zip(*sizes, strict=True))
+    (folder / f"share-{ranks.rank()}.json").write_text(json.dumps(own / all_of_it))
+
+
 def keep(folder: Path, trainer) -> None:
     from safetensors.torch import save_file
 
     from stages import ranks
     from stages.checkpoints import own_weights
 
-    save_file(own_weights(trainer.rag), folder / f"weights-{ranks.rank()}.safetensors")
+    if ranks.is_main() or not trainer.sharded:
+        save_file(own_weights(trainer.rag), folder / f"weights-{ranks.rank()}.safetensors")
     if ranks.is_main():
         (folder / "history.json").write_text(json.dumps(trainer.progress.history))
 
@@ -132,9 +155,11 @@ def main() -> None:
         return
     import torch
 
-    from stages import ranks
+    from stages import ranks, sharding
 
     torch.set_num_threads(1)
+    if settings.get("fsdp") == "asked":  # by accelerate
+        settings["fsdp"] = sharding.asked() is not None
     with ranks.group(torch.device("cpu")):
         if work == "encode":
             import test_encoding

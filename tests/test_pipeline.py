@@ -247,3 +247,23 @@ def test_hybrid_retrieval_reruns_what_it_changes_and_answers_new_questions(proje
     broken = run(project, "python", "-m", "stages.evaluate", check=False)
     assert broken.returncode == 1 and "data/lexical: damaged (test_rows.npy" in broken.stderr
     file.write_text(before, encoding="utf-8")
+
+
+def test_sharded_by_accelerate_it_trains_and_leaves_the_same_files(project, tmp_path):
+    """One process finds in the checkpoints what the two that held a half each have left there."""
+    folder = tmp_path / "sharded"
+    shutil.copytree(project, folder)
+    for made in (folder / "data/model", folder / "metrics", folder / ".checkpoints"):
+        shutil.rmtree(made, ignore_errors=True)
+    run(folder, "accelerate", "launch", "--use_fsdp", "--fsdp_version=2", "--num_processes=2", "--num_machines=1",
+        "--mixed_precision=no", "-m", "stages.train")  # fmt: skip
+    names = [sorted(path.name for path in (where / "data/model").rglob("*")) for where in (project, folder)]
+    assert names[0] == names[1]
+    expected, found = (
+        [float(row["val_loss_per_sequence"]) for row in csv.DictReader((where / "metrics/curves.csv").open())]
+        for where in (project, folder)
+    )
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert found == pytest.approx(expected, rel=0.05)  # each rank draws its own dropout
+    assert "trained already, 4 steps" in run(folder, sys.executable, "-m", "stages.train").stdout
+    assert "EM" in run(folder, sys.executable, "-m", "stages.evaluate").stdout.upper()
