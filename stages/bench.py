@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="CUDA graphs in training")
     made.add_argument("--engine", choices=("exact", "faiss-gpu"), default="exact", help="search: ours, or FAISS's")
     made.add_argument("--profile", type=Path, help="train: write the costliest kernels of three steps here, as text")
-    made.add_argument("--batch-tokens", type=int, default=65536, help="padded tokens encoded at once (index)")
+    made.add_argument("--batch-tokens", type=int, default=131072, help="padded tokens encoded at once (index)")
     made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     made.add_argument("--threads", type=int, default=0)
     made.add_argument("--processes", type=int, nargs="+", default=[], help="scaling: sizes; one a GPU, 1 2 4 8")

@@ -13,7 +13,7 @@ from stages import shapes
 from stages.exact import fp32_scores
 from stages.kinds import build_index, empty_index, filled
 from stages.quality import SAME_SCORE
-from stages.search import PassageIndex, on_gpu
+from stages.search import NO_KERNELS, PassageIndex, finds_gpu, kernels_run, on_gpu
 from stages.timing import timed
 
 FACTORIES = ("Flat", "IVF1024,Flat")
@@ -68,11 +68,13 @@ def made(vectors: np.ndarray, factory: str, device: torch.device) -> dict[str, t
 
 def check_faiss_gpu(device: torch.device) -> None:
     """Raises ValueError where FAISS cannot search on `device`."""
-    if device.type != "cuda" or not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
+    if device.type != "cuda" or not finds_gpu():
         raise ValueError(
             f"--engine faiss-gpu: faiss {faiss.__version__} finds no GPU here; it needs one and faiss-gpu-cu12 in place of "
             "faiss-cpu, --engine exact needs neither"
         )
+    if not kernels_run(device.index or 0):
+        raise ValueError(f"--engine faiss-gpu: {NO_KERNELS}, or use --engine exact, which needs none")
 
 
 def with_nprobe(index: faiss.Index) -> faiss.Index:

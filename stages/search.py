@@ -1,8 +1,10 @@
 """The passage index: FAISS over the passages' vectors, and the vectors themselves for scores with a gradient."""
 
 import json
+import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import faiss
@@ -18,6 +20,17 @@ from stages.shards import ShardedSearch
 
 FILES = ("index.faiss", "vectors.npy", "index.json")
 SHARE_OF_FREE_MEMORY = 0.25
+NO_KERNELS = (
+    f"faiss {faiss.__version__} has no kernels that run on this GPU (faiss-gpu-cu12 has them for compute capability 7.0 to "
+    "8.9; an H100 is 9.0); install a build for it"
+)
+# What FAISS's GPU kernels must be able to do, as a program of its own.
+PROBE = """
+import sys, faiss, numpy
+index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), int(sys.argv[1]), faiss.IndexFlatIP(8))
+index.add(numpy.ones((8, 8), numpy.float32))
+index.search(numpy.ones((1, 8), numpy.float32), 1)
+"""
 
 
 @dataclass
@@ -79,16 +92,28 @@ class PassageIndex:
 
 def on_gpu(index: faiss.Index, device: torch.device) -> faiss.Index:
     """The index on the GPU where FAISS can take it there, else the index itself."""
-    if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
+    if not finds_gpu():
+        return index
+    kind = type(index).__name__
+    if not kernels_run(device.index or 0):
+        print(f"{kind} is searched on the CPU: {NO_KERNELS}", file=sys.stderr)
         return index
     try:
         return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device.index or 0, index)
     except RuntimeError as error:
-        print(
-            f"{type(index).__name__} is searched on the CPU: FAISS does not move it to a GPU ({reason(error)})",
-            file=sys.stderr,
-        )
+        print(f"{kind} is searched on the CPU: FAISS does not move it to a GPU ({reason(error)})", file=sys.stderr)
         return index
+
+
+def finds_gpu() -> bool:
+    """Whether FAISS has GPU support and finds a GPU."""
+    return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
+
+
+@cache
+def kernels_run(gpu: int) -> bool:
+    """Whether FAISS's kernels run on GPU number `gpu`; tried in another process, since FAISS aborts its own."""
+    return not subprocess.run([sys.executable, "-c", PROBE, str(gpu)], capture_output=True).returncode
 
 
 def doc_scores(questions: Tensor, passages: Tensor, rows: Tensor) -> Tensor:

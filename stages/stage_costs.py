@@ -64,8 +64,9 @@ def resources_of(stage: str, folder: Path, root: Path, count: int) -> dict:
         "print('used', used.ru_maxrss, used.ru_utime + used.ru_stime)"
     )
     started = time.perf_counter()
+    paths = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, "-c", code, f"stages.{stage}"], cwd=folder, env=os.environ | {"PYTHONPATH": str(root)}, text=True,
+        [sys.executable, "-c", code, f"stages.{stage}"], cwd=folder, env=os.environ | {"PYTHONPATH": paths}, text=True,
         stdout=subprocess.PIPE,
     )  # fmt: skip
     seconds = time.perf_counter() - started

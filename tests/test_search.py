@@ -1,10 +1,12 @@
 """The index: inner products, honest about what it did not find, and about damage."""
 
+import faiss
 import numpy as np
 import pytest
 import torch
 from tiny_rag import save_index
 
+from stages import search
 from stages.kinds import build_index
 from stages.manifest import put_in_place
 from stages.search import PassageIndex, doc_scores, flat_index, load_index
@@ -111,3 +113,15 @@ def test_parts_that_do_not_belong_together(tmp_path):
     save_index(tmp_path, build_index(VECTORS, "Flat"), {"factory": "Flat"})
     with pytest.raises(ValueError, match="600 vectors.*599"):
         load_index(tmp_path)
+
+
+def test_a_faiss_whose_kernels_abort_on_this_gpu_searches_on_the_cpu(monkeypatch, capfd):
+    index = faiss.IndexFlatIP(4)
+    monkeypatch.setattr(search, "finds_gpu", lambda: True)
+    monkeypatch.setattr(search, "PROBE", "import os; os.abort()")
+    search.kernels_run.cache_clear()
+    try:
+        assert search.on_gpu(index, torch.device("cuda")) is index
+    finally:
+        search.kernels_run.cache_clear()
+    assert "IndexFlatIP is searched on the CPU: faiss" in capfd.readouterr().err
