@@ -12,6 +12,7 @@ from torch import BoolTensor, LongTensor, Tensor
 from transformers import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
+from stages.bart_decoder import BartState
 from stages.generator_text import decoded, padded_targets, token_rows
 
 FAMILIES = ("bart", "t5", "mt5", "longt5")  # umt5: its cache and its forward disagree in transformers 5.17
@@ -35,10 +36,42 @@ class Contexts:
 
 @dataclass
 class DecoderState:
-    """Where R hypotheses stand: their contexts and, once the prefix was fed, the cached keys and values."""
+    """Where R hypotheses stand: their contexts and, once the prefix was fed, the library's cache of keys and values."""
 
+    model: Any
     contexts: Contexts
     cache: EncoderDecoderCache | None = None
+    fed: int = 0  # tokens
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        """Feeds `tokens` [R, n]; the logits [R, n, V] after each of them."""
+        output = forward(self.model, self.contexts, tokens, past_key_values=self.cache, use_cache=True)
+        self.cache, self.fed = output.past_key_values, self.fed + tokens.shape[1]
+        return output.logits
+
+    def reorder(self, rows: LongTensor) -> None:
+        """Row r goes on from the hypothesis of row `rows[r]`, which must stand on the same context.
+
+        So the context's own keys and values, by far the larger part, need not move.
+        """
+        self.cache.self_attention_cache.batch_select_indices(rows)
+
+    def fork(self, rows: LongTensor) -> "DecoderState":
+        """A new state of the given rows, also repeated ones; the old state stays as it is.
+
+        Keys and values of the contexts are copied, not computed again.
+        """
+
+        def select(cache):
+            # batch_select_indices replaces tensors, it writes into none: shallow copies of layers are enough.
+            cache = copy.copy(cache)
+            cache.layers = [copy.copy(layer) for layer in cache.layers]
+            cache.batch_select_indices(rows)
+            return cache
+
+        own, contexts = self.cache.self_attention_cache, self.cache.cross_attention_cache
+        cache = EncoderDecoderCache(select(own), select(contexts))
+        return DecoderState(self.model, self.contexts.select(rows), cache, self.fed)
 
 
 @dataclass
@@ -87,60 +120,49 @@ class Seq2Seq:
         target changes no real position. Gradients flow to the weights and to `contexts.states`.
         """
         tokens = torch.cat([self._prefix(len(targets), targets.device), targets[:, :-1]], dim=1)
-        logits = self._forward(contexts, tokens, use_cache=False).logits
+        logits = forward(self.model, contexts, tokens, use_cache=False).logits
         return logits[:, len(self.decoder_prefix) - 1 :]
 
-    def start(self, contexts: Contexts) -> DecoderState:
+    def start(self, contexts: Contexts) -> DecoderState | BartState:
         """A state before the prefix."""
-        return DecoderState(contexts)
+        if self.model.config.model_type == "bart":
+            return BartState(self.model, contexts.states, contexts.mask)
+        return DecoderState(self.model, contexts)
 
-    def step(self, state: DecoderState, tokens: Tensor | None = None) -> Tensor:
+    def step(self, state: DecoderState | BartState, tokens: Tensor | None = None) -> Tensor:
         """Feed `tokens` [R], or nothing but the prefix on the first call; log p of the next, fp32 [R, V]."""
-        assert (tokens is None) == (state.cache is None), "only the first step feeds the prefix"
-        mask = state.contexts.mask
-        fed = self._prefix(len(mask), mask.device) if tokens is None else tokens[:, None]
-        return self.advance(state, fed)[:, -1].float().log_softmax(-1)
+        assert (tokens is None) == (state.fed == 0), "only the first step feeds the prefix"
+        if tokens is None:
+            mask = state.mask if isinstance(state, BartState) else state.contexts.mask
+            fed = self._prefix(len(mask), mask.device)
+        else:
+            fed = tokens[:, None]
+        return state.advance(fed)[:, -1].float().log_softmax(-1)
 
-    def advance(self, state: DecoderState, tokens: Tensor) -> Tensor:
+    def advance(self, state: DecoderState | BartState, tokens: Tensor) -> Tensor:
         """Feed `tokens` [R, n]; the logits [R, n, V] after each of them. The state moves n tokens on."""
-        output = self._forward(state.contexts, tokens, past_key_values=state.cache, use_cache=True)
-        state.cache = output.past_key_values
-        return output.logits
+        return state.advance(tokens)
 
-    def reorder(self, state: DecoderState, rows: LongTensor) -> None:
-        """Row r goes on from the hypothesis of row `rows[r]`, which must stand on the same context.
+    def reorder(self, state: DecoderState | BartState, rows: LongTensor) -> None:
+        """Row r goes on from the hypothesis of row `rows[r]`, which must stand on the same context."""
+        state.reorder(rows)
 
-        So the context's own keys and values, by far the larger part, need not move.
-        """
-        state.cache.self_attention_cache.batch_select_indices(rows)
-
-    def fork(self, state: DecoderState, rows: LongTensor) -> DecoderState:
-        """A new state of the given rows, also repeated ones; the old state stays as it is.
-
-        Keys and values of the contexts are copied, not computed again.
-        """
-
-        def select(cache):
-            # batch_select_indices replaces tensors, it writes into none: shallow copies of layers are enough.
-            cache = copy.copy(cache)
-            cache.layers = [copy.copy(layer) for layer in cache.layers]
-            cache.batch_select_indices(rows)
-            return cache
-
-        own, contexts = state.cache.self_attention_cache, state.cache.cross_attention_cache
-        return DecoderState(state.contexts.select(rows), EncoderDecoderCache(select(own), select(contexts)))
+    def fork(self, state: DecoderState | BartState, rows: LongTensor) -> DecoderState | BartState:
+        """A new state of the given rows, also repeated ones; the old state stays as it is."""
+        return state.fork(rows)
 
     def _prefix(self, rows: int, device: torch.device) -> Tensor:
         return torch.tensor([self.decoder_prefix], device=device).expand(rows, -1)
 
-    def _forward(self, contexts: Contexts, tokens: Tensor, **cache):
-        # The whole model, not its decoder and its head: scalings and biases of a family stay the library's.
-        return self.model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=contexts.states),
-            attention_mask=contexts.mask,
-            decoder_input_ids=tokens,
-            **cache,
-        )
+
+def forward(model: Any, contexts: Contexts, tokens: Tensor, **cache):
+    """The whole model, not its decoder and its head: scalings and biases of a family stay the library's."""
+    return model(
+        encoder_outputs=BaseModelOutput(last_hidden_state=contexts.states),
+        attention_mask=contexts.mask,
+        decoder_input_ids=tokens,
+        **cache,
+    )
 
 
 def seq2seq_from(model, tokenizer) -> Seq2Seq:

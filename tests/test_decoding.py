@@ -435,7 +435,7 @@ def test_decoding_stops_when_every_question_is_answered(medium):
     greedy = run(medium, batch, 1, 30, marginalization="token")
     short = [row for row, answer in enumerate(greedy) if len(answer.token_ids) < 5]
     calls = []
-    medium.model.register_forward_hook(lambda *call: calls.append(call))
+    medium.model.get_output_embeddings().register_forward_hook(lambda *call: calls.append(call))
     answers = run(medium, [tensor[short] for tensor in batch], 1, 30, marginalization="token")
     longest = max(len(answer.token_ids) for answer in answers)
     # The prefix, every token of the longest answer, and once more for the passages' shares.
