@@ -4,7 +4,7 @@ import csv
 from pathlib import Path
 
 from stages.params import Train
-from stages.training import Progress
+from stages.progress import Progress
 
 COLUMNS = [
     "step", "questions_seen", "train_loss_per_sequence", "train_loss_per_token", "val_loss_per_sequence",

@@ -7,160 +7,27 @@ what) comes from recipes.py, the loss from rag.py. A step is an optimizer step.
 import math
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
 from accelerate import Accelerator
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from stages import checkpoints as checkpointing
-from stages import marginalization, ranks, sharding
+from stages import ranks, sharding
 from stages.checkpoints import Checkpoints
 from stages.interrupts import Interrupted
-from stages.micro_batches import free_memory, halved, in_batches, is_out_of_memory, split
+from stages.keeping import Keeper
+from stages.micro_batches import free_memory, halved, is_out_of_memory, split
+from stages.optimization import clipped_norms, make_optimizer, make_schedule
 from stages.params import Recipe, Train
+from stages.progress import Progress, Window
 from stages.rag import Examples, Rag
 from stages.recipes import Update, check_ranks, updates
-from stages.refresh import Refresh, split_snapshots
+from stages.refresh import Refresh
 from stages.skips import Skips, step_unless
 from stages.throughput import DeviceGaps, gpu_use, matrix_rate, training_flop, weights_by_tokens
-
-VALIDATION_BATCH = 16
-SUMS = (
-    "nll",
-    "context_tokens",
-    "prior_entropy",
-    "distinct",
-    "target_tokens",
-    "question_tokens",
-    "scored_tokens",
-    "questions",
-    "forwards",
-)  # of a Window
-
-
-@dataclass
-class Progress:
-    """Where a training stands; what a checkpoint must bring back besides weights and optimizer."""
-
-    step: int = 0
-    updates_taken: int = 0
-    questions_seen: int = 0
-    best_step: int = 0
-    best_loss: float = float("inf")
-    training_seconds: float = 0.0
-    skipped_steps: int = 0  # their gradient was not finite
-    overflow_steps: int = 0  # the same under fp16's loss scaling, which looks for its scale
-    skipped_in_a_row: int = 0
-    micro_batch: int | None = None  # most questions a forward pass since memory ran out; None: it never did
-    halvings: list[str] = field(default_factory=list)
-    history: list[dict] = field(default_factory=list)
-
-
-@dataclass
-class Window:
-    """Sums since the last logged point, kept on the device so that logging alone waits for it."""
-
-    nll: torch.Tensor | float = 0.0
-    question_tokens: torch.Tensor | float = 0.0
-    context_tokens: torch.Tensor | float = 0.0
-    prior_entropy: torch.Tensor | float = 0.0
-    distinct: torch.Tensor | float = 0.0
-    target_tokens: torch.Tensor | float = 0.0
-    scored_tokens: torch.Tensor | float = 0.0
-    questions: int = 0
-    forwards: int = 0
-    steps: int = 0
-    waited: float = 0.0  # seconds that the device waited for the host before a checkpoint
-    waits: DeviceGaps | None = None  # and since
-    started: float = field(default_factory=time.perf_counter)
-
-    def state(self) -> dict:
-        """The sums, to be given back to `restore`: of this window, or of another process's that goes on with it."""
-        sums = {
-            name: value.detach().clone() if isinstance(value, torch.Tensor) else value
-            for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor | int | float)
-        }
-        return sums | {"started": time.perf_counter() - self.started}
-
-    def restore(self, state: dict, device: torch.device) -> None:
-        for name, value in state.items():
-            setattr(self, name, value.to(device, copy=True) if isinstance(value, torch.Tensor) else value)
-        self.started = time.perf_counter() - state["started"]
-
-
-def validation_loss(
-    rag: Rag, validation: Examples, marginal: str, batch_size: int = VALIDATION_BATCH
-) -> dict[str, float]:
-    """Mean NLL of the validation answers, without label smoothing, per sequence and per answer token, in nats.
-
-    A recipe that averages is measured by the RAG-Sequence marginal too: one yardstick for recipes to be compared by.
-    Every rank takes its share of the answers and returns the same sums; with FSDP equally many, some for nothing.
-    """
-    measured = "token" if marginal == "token" else "sequence"
-    was_training = rag.training
-    rag.eval()
-
-    mine = ranks.share(list(range(len(validation))))
-    counted = len(mine)
-    mine += [0] * sharding.missing_passes(rag, counted)
-
-    def loss(places: list[int]) -> float:
-        output = rag(rag.batch(validation, [mine[place] for place in places]), marginal=measured)
-        return output.nll[: max(0, counted - places[0])].double().sum().item()
-
-    with torch.no_grad():
-        total = sum(in_batches(len(mine), batch_size, loss, halve=not sharding.is_sharded(rag)))
-    rag.index.finish_searches()
-    total = ranks.summed({"nll": total})["nll"]
-    rag.train(was_training)
-    return {
-        "val_loss_per_sequence": total / len(validation),
-        "val_loss_per_token": total / int(validation.target_mask.sum()),
-    }
-
-
-def make_optimizer(rag: Rag, settings: Train) -> AdamW:
-    """AdamW (Loshchilov & Hutter 2019) with weight decay on matrices only; the encoders' rates may be their own."""
-    parts = [(rag, settings.learning_rate)]
-    if settings.question_encoder_learning_rate is not None or rag.context_encoder:
-        of_questions = settings.question_encoder_learning_rate or settings.learning_rate
-        parts = [(rag.generator_model, settings.learning_rate), (rag.question_encoder, of_questions)]
-    if rag.context_encoder:
-        parts.append((rag.context_encoder, settings.context_encoder_learning_rate or of_questions))
-    groups = []
-    for module, rate in parts:
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        matrices = [parameter for parameter in trained if parameter.dim() > 1]
-        others = [parameter for parameter in trained if parameter.dim() <= 1]
-        groups += [
-            {"params": matrices, "weight_decay": settings.weight_decay, "lr": rate},
-            {"params": others, "weight_decay": 0.0, "lr": rate},
-        ]
-    return AdamW(groups, lr=settings.learning_rate, fused=next(rag.parameters()).is_cuda)
-
-
-def make_schedule(optimizer, settings: Train) -> LambdaLR:
-    """Linear warm-up over `warmup_steps`, then linear decay to zero at `max_steps`."""
-    warmup, total = settings.warmup_steps, settings.max_steps
-    return LambdaLR(
-        optimizer,
-        lambda step: (step + 1) / (warmup + 1) if step < warmup else max(0.0, (total - step) / (total - warmup)),
-    )
-
-
-def distinct_share(rows: torch.Tensor) -> torch.Tensor:
-    """Distinct over all retrieved passages of `rows` (-1: missing), without waiting for the device."""
-    ordered = rows.flatten().sort().values
-    first = torch.ones_like(ordered, dtype=torch.bool)
-    first[1:] = ordered[1:] != ordered[:-1]
-    present = ordered >= 0
-    return (first & present).sum() / present.sum().clamp(min=1)
+from stages.validation import VALIDATION_BATCH, validation_loss
 
 
 class Trainer:
@@ -185,10 +52,10 @@ class Trainer:
         self.refresh = Refresh(rag, settings.index_refresh_steps, settings.max_steps)
         self.skips = skips or Skips(settings.max_skipped_steps)
         self.skips.overflow = self.accelerator.scaler is not None
-        self.keep_threads = keep_threads
-        self.writer, self.writing = ThreadPoolExecutor(max_workers=1), Future()
-        self.writing.set_result(None)
-        self.copies: dict[str, list] = {}  # of the last checkpoint and the last best weights, to be written over
+        self.keeper = Keeper(
+            checkpoints, recipe.checkpoints == "best", rag, self.optimizer, self.schedule, self.accelerator.scaler,
+            self.refresh, keep_threads,
+        )  # fmt: skip
         self.sizes = weights_by_tokens(rag.question_encoder, rag.generator_model)
         self.matrix_rate = matrix_rate(
             device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float)
@@ -214,17 +81,19 @@ class Trainer:
                 self._run(training, validation, on_point, asked_to_stop)
         finally:
             self.refresh.close()
-            self.writing.result()
+            self.keeper.close()
 
     def _run(
         self, training: Examples, validation: Examples, on_point: Callable[[dict], None],
         asked_to_stop: Callable[[], int | None],
     ) -> None:  # fmt: skip
-        if self._restore_finished():
+        if finished := self.keeper.finished():
+            self.progress = finished
             self._say(f"trained already, {self.progress.step} steps: the model is written again")
             return
         window = self._window()
-        resumed = self._resume(window)  # before its progress is looked at: a checkpoint brings another one
+        resumed = self.keeper.resume(window, self.accelerator.device)
+        self.progress = resumed or self.progress
         progress, settings = self.progress, self.settings
         self._agree()
         if resumed:
@@ -258,7 +127,8 @@ class Trainer:
             stop = ranks.most(asked_to_stop() or 0)
             if self.checkpoints and not last and (stop or progress.step % settings.save_steps == 0):
                 pause = time.perf_counter()
-                self._save(window)
+                self.skips.settle(progress)
+                self.keeper.save(progress, window)
                 window.started += time.perf_counter() - pause
             if stop and not last:
                 bar.close()
@@ -266,8 +136,7 @@ class Trainer:
         bar.close()
         self.skips.settle(progress)
         self.rag.eval()
-        if self.checkpoints:
-            self._finish()
+        self.keeper.finish(progress)
         if stop := ranks.most(asked_to_stop() or 0):
             self._interrupt(stop)
 
@@ -287,45 +156,6 @@ class Trainer:
         kept = "the same command goes on from there" if self.checkpoints else "nothing is kept"
         raise Interrupted(number, f"interrupted at step {self.progress.step} of {self.settings.max_steps}; {kept}")
 
-    def _write(self, write: Callable, step: int, state: list, *what) -> None:
-        """Writes a copy of `state` beside the steps to come: a disk takes half a minute for BART-large and its optimizer.
-
-        One at a time, or copies would pile up in memory; what went wrong with the last one is raised here. Every rank
-        comes by: rank 0 writes what it holds, or what all of them hold a part of.
-        """
-        self.writing.result()
-        if self.sharded:
-            ranks.wait()  # for rank 0's disk
-        elif not ranks.is_main():
-            return
-        copies = checkpointing.snapshot(state, self.copies.get(write.__name__))
-        if ranks.is_main():
-            self.copies[write.__name__] = copies
-            self.writing = self.writer.submit(write, step, *copies, *what)
-
-    def _finish(self) -> None:
-        """Brings back the weights that the recipe keeps, and keeps them until DVC has taken the model."""
-        self.writing.result()
-        ranks.wait()  # until rank 0 has written what all read
-        if self.recipe.checkpoints == "best":
-            checkpointing.load_weights(self.rag, self.checkpoints.best(self.progress.best_step))
-        sharding.make_whole(self.rag)
-        ranks.wait()  # until all have read what rank 0 replaces
-        if ranks.is_main():
-            self.checkpoints.finish(checkpointing.own_weights(self.rag), {"progress": vars(self.progress)})
-        ranks.wait()
-
-    def _restore_finished(self) -> bool:
-        found = self.checkpoints.finished() if self.checkpoints else None
-        if found is None:
-            return False
-        weights, state = found
-        checkpointing.load_weights(self.rag, weights)
-        sharding.make_whole(self.rag)
-        self.progress = Progress(**state["progress"])
-        self.rag.eval()
-        return True
-
     def _step(self, stream: Iterator[Update], training: Examples, window: Window) -> dict[str, torch.Tensor]:
         """Takes updates from the stream until one is applied; returns gradient norms."""
         while True:
@@ -338,7 +168,8 @@ class Trainer:
             self.optimizer.zero_grad()
         if not self.sharded:  # a sharded model's are sums already
             ranks.sum_gradients(self.rag.parameters())
-        norms = self._gradient_norms()
+        self.accelerator.unscale_gradients()
+        norms = clipped_norms(self.rag, self.settings.max_grad_norm)
         self._step_if_finite(update.rows, norms["gradient_norm"])
         if not self.accelerator.optimizer_step_was_skipped:  # fp16's loss scaling drops steps that overflow
             self.schedule.step()
@@ -414,33 +245,12 @@ class Trainer:
             label_smoothing=self.settings.label_smoothing,
         )
         self.accelerator.backward(output.nll.sum() / divisor)
-        window.nll += output.nll.detach().sum()
-        window.question_tokens += batch.question_mask.sum()
-        window.context_tokens += output.context_tokens
-        window.target_tokens += batch.target_mask.sum()
-        window.scored_tokens += batch.target_mask.sum() * output.rows.shape[1]
-        window.prior_entropy += marginalization.normalized_entropy(output.log_prior).sum()
-        window.distinct += distinct_share(output.rows)
-        window.questions += len(rows)
-        window.forwards += 1
+        window.add(batch, output)
         window.waits.open()
-
-    def _gradient_norms(self) -> dict[str, torch.Tensor]:
-        self.accelerator.unscale_gradients()
-        norms = {}
-        for name in ("question_encoder", "context_encoder"):
-            if encoder := getattr(self.rag, name):
-                gradients = [p.grad for p in encoder.parameters() if p.grad is not None]
-                zero = torch.zeros((), device=self.accelerator.device)
-                norms[f"{name}_gradient_norm"] = sharding.total_norm(gradients) if gradients else zero
-        trained = [parameter for parameter in self.rag.parameters() if parameter.grad is not None]
-        of_all = sharding.total_norm([parameter.grad for parameter in trained])
-        torch.nn.utils.clip_grads_with_norm_(trained, self.settings.max_grad_norm, of_all)
-        return {"gradient_norm": of_all, **norms}
 
     def _summary(self, window: Window, norms: dict[str, torch.Tensor]) -> dict[str, float]:
         self.skips.settle(self.progress)
-        sums = ranks.summed({name: getattr(window, name) for name in SUMS})
+        sums = window.summed()
         values = {
             "skipped_steps": self.progress.skipped_steps,
             "overflow_steps": self.progress.overflow_steps,
@@ -474,56 +284,10 @@ class Trainer:
         if losses["val_loss_per_sequence"] < self.progress.best_loss:
             self.progress.best_loss = losses["val_loss_per_sequence"]
             self.progress.best_step = self.progress.step
-            if self.checkpoints and self.recipe.checkpoints == "best":
-                self._write(self.checkpoints.save_best, self.progress.step, [checkpointing.own_tensors(self.rag)])
-                ranks.wait()
+            self.keeper.save_best(self.progress.step)
         return losses
 
     def _point(self, point: dict, on_point: Callable[[dict], None]) -> None:
         self.progress.history.append(point)
         if ranks.is_main():
             on_point(point)
-
-    def _save(self, window: Window) -> None:
-        """Writes what rank 0 holds and the sums of all ranks: any number of ranks may go on from there."""
-        self.skips.settle(self.progress)
-        sums = ranks.summed({name: getattr(window, name) for name in SUMS})
-        window.waited += window.waits.seconds()
-        window.waits.gaps.clear()
-        self._write_step(window.state() | (sums if ranks.world() > 1 else {}))
-        ranks.wait()
-
-    def _write_step(self, window: dict) -> None:
-        state = {
-            "progress": vars(self.progress),
-            "window": window,
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
-            "random": checkpointing.random_state(),
-            "threads": torch.get_num_threads(),
-            "ranks": ranks.world(),
-        }
-        best = self.progress.best_step if self.recipe.checkpoints == "best" else None
-        weights = checkpointing.own_tensors(self.rag) | self.refresh.tensors()
-        self._write(self.checkpoints.save, self.progress.step, [weights, state], best)
-
-    def _resume(self, window: Window) -> bool:
-        found = self.checkpoints.latest() if self.checkpoints else None
-        if found is None:
-            return False
-        weights, state = found
-        weights, snapshots = split_snapshots(weights)
-        checkpointing.load_weights(self.rag, weights)
-        self.optimizer.load_state_dict(sharding.parts_of_moments(state["optimizer"], self.optimizer))
-        self.schedule.load_state_dict(state["schedule"])
-        if self.accelerator.scaler and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        checkpointing.set_random_state(state["random"])
-        if ranks.is_main():  # the sums of all ranks
-            window.restore(state["window"], self.accelerator.device)
-        self.progress = Progress(**state["progress"])
-        if self.accelerator.device.type == "cpu" and state["ranks"] == ranks.world():
-            checkpointing.restore_threads(state["threads"], self.keep_threads)
-        self.refresh.restore(snapshots, self.progress.step)
-        return True

@@ -10,7 +10,7 @@ from stages import micro_batches
 from stages.evaluation import answer, retrieve
 from stages.marginalization import log_prior
 from stages.params import Evaluate
-from stages.training import validation_loss
+from stages.validation import validation_loss
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 HOST = RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: 8 bytes")

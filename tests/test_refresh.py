@@ -23,11 +23,12 @@ from stages.contexts import TokenStore
 from stages.encoders import Encoder, load_encoder, padded_rows
 from stages.fusion import Hits
 from stages.interrupts import Interrupted
+from stages.optimization import make_optimizer
 from stages.passage_encoder import PassageEncoder
 from stages.rag import load_rag_parts, open_rag, save_rag
 from stages.refresh import Refresh, check_ranks
 from stages.search import index_folder, load_index
-from stages.training import Trainer, make_optimizer
+from stages.training import Trainer
 
 CPU = torch.device("cpu")
 EVERYTHING = list(range(len(QUESTIONS)))

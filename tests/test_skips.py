@@ -9,8 +9,9 @@ from tiny_rag import ANSWERS, NEW, QUESTIONS, SETTINGS, tiny_rag
 from torch import nn
 from torch.optim import AdamW
 
+from stages.progress import Progress
 from stages.skips import Skips, step_unless
-from stages.training import Progress, Trainer
+from stages.training import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler:UserWarning")
 

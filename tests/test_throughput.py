@@ -5,8 +5,8 @@ import torch
 from tiny_rag import ANSWERS, QUESTIONS, tiny_rag
 from torch.utils.flop_counter import FlopCounterMode
 
+from stages.progress import distinct_share
 from stages.throughput import DeviceGaps, matrix_rate, training_flop, weights_by_tokens
-from stages.training import distinct_share
 
 
 def test_flop_are_those_of_the_matrix_products_of_a_step():

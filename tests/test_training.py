@@ -12,7 +12,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from stages import recipes
 from stages.checkpoints import Checkpoints
 from stages.interrupts import Interrupted
-from stages.training import Trainer, make_optimizer, validation_loss
+from stages.optimization import make_optimizer
+from stages.training import Trainer
+from stages.validation import validation_loss
 
 
 def run(recipe=NEW, folder=None, on_point=lambda point: None, rag=None, **settings):
