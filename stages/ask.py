@@ -31,7 +31,8 @@ def main() -> None:
     from stages.corpus import read_rows
     from stages.evaluation import answer, passages_of, retrieve
     from stages.hits import find_hits
-    from stages.rag import load_rag_parts, open_rag_on
+    from stages.model_folder import load_rag_parts
+    from stages.rag import open_rag_on
     from stages.search import index_folder
 
     rag = open_rag_on(load_rag_parts(MODEL), index_folder(MODEL, INDEX), TOKENS, params, device)

@@ -25,7 +25,8 @@ def main() -> None:
     from stages.evaluation import evaluate, generator_dtype
     from stages.hits import read_hits
     from stages.leftovers import drop_finished
-    from stages.rag import load_rag_parts, open_rag_on
+    from stages.model_folder import load_rag_parts
+    from stages.rag import open_rag_on
     from stages.search import index_folder
     from stages.signs import evaluation_signs
     from stages.tracking import open_run

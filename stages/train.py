@@ -54,8 +54,7 @@ def train(params: Params, device, sharded=None) -> None:
     import torch
     from transformers import DPRContextEncoder
 
-    from stages import leftovers, manifest, ranks, sharding
-    from stages import rag as rag_model
+    from stages import leftovers, manifest, model_folder, ranks, sharding
     from stages.checkpoints import Checkpoints, checkpoint_folder, describe, digest, fingerprint
     from stages.corpus import read_rows
     from stages.curves import Curves, summary
@@ -66,6 +65,7 @@ def train(params: Params, device, sharded=None) -> None:
     from stages.mining import tokenize_passages
     from stages.outside import find
     from stages.passage_encoder import PassageEncoder
+    from stages.rag import open_rag_on
     from stages.recipes import mixed_precision
     from stages.refresh import check_ranks
     from stages.signs import training_signs
@@ -75,7 +75,7 @@ def train(params: Params, device, sharded=None) -> None:
 
     check_ranks(params.train.index_refresh_steps, ranks.world())
     base_generator = find(params.models.generator)
-    parts = rag_model.load_base_parts(
+    parts = model_folder.load_base_parts(
         str(RETRIEVER / "question_encoder"), str(base_generator), params.models.chat_template
     )
     torch.manual_seed(params.train.seed)
@@ -89,7 +89,7 @@ def train(params: Params, device, sharded=None) -> None:
         passage_tokens = tokenize_passages(encoder, rows["passages"], params.lengths.passage_tokens)
         passage_encoder = PassageEncoder(encoder, passage_tokens)
     precision = mixed_precision(params.recipe.precision, device)
-    rag = rag_model.open_rag_on(parts, INDEX, TOKENS, params, device, passage_encoder, models_move=sharded is None)
+    rag = open_rag_on(parts, INDEX, TOKENS, params, device, passage_encoder, models_move=sharded is None)
     if sharded:
         sharding.shard(rag, sharded, device, precision)
         if ranks.is_main():
@@ -157,7 +157,7 @@ def train(params: Params, device, sharded=None) -> None:
             tracker.set_tags({"out_of_memory": ", ".join(trainer.progress.halvings)})
 
         metrics = summary(trainer.progress, params.train, params.recipe.checkpoints == "best")
-        rag_model.save_rag(rag, MODEL, params.recipe.marginalization)
+        model_folder.save_rag(rag, MODEL, params.recipe.marginalization)
         tracker.register_checkpoint(
             f"{params.train.recipe}-best" if params.recipe.checkpoints == "best" else f"{params.train.recipe}-last",
             root / MODEL, int(metrics["kept_step"]), {}, {"recipe": params.train.recipe},

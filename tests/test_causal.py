@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from stages.causal import Causal, causal_from
 from stages.generators import generator_from, load_generator, load_saved_generator
 from stages.lora import add_lora
+from stages.model_folder import load_rag_parts, save_rag
 from stages.params import Lora
-from stages.rag import load_rag_parts, open_rag, save_rag
+from stages.rag import open_rag
 from stages.training import Trainer
 
 EVERYTHING = list(range(len(QUESTIONS)))

@@ -17,7 +17,8 @@ from transformers import (
 from stages import marginalization
 from stages.decoding import generate
 from stages.generators import generator_from
-from stages.rag import Rag, load_rag_parts, open_rag, save_rag
+from stages.model_folder import load_rag_parts, save_rag
+from stages.rag import Rag, open_rag
 from stages.training import Trainer
 
 IDS = dict(vocab_size=8192, bos_token_id=0, pad_token_id=1, eos_token_id=2)

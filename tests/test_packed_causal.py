@@ -9,8 +9,8 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from stages.decoding import generate
 from stages.marginalization import log_prior
+from stages.model_folder import save_rag
 from stages.packed_causal import PackedCausal
-from stages.rag import save_rag
 
 EVERYTHING = list(range(len(QUESTIONS)))
 

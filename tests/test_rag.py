@@ -6,7 +6,8 @@ from tiny_rag import ANSWERS, QUESTIONS, TITLES, tiny_rag
 from transformers import BertConfig, BertModel, RagSequenceForGeneration, RagTokenForGeneration
 
 from stages.encoders import Encoder
-from stages.rag import load_rag_parts, open_rag, save_rag
+from stages.model_folder import load_rag_parts, save_rag
+from stages.rag import open_rag
 
 EVERYTHING = list(range(len(QUESTIONS)))
 

@@ -23,9 +23,10 @@ from stages.contexts import TokenStore
 from stages.encoders import Encoder, load_encoder, padded_rows
 from stages.fusion import Hits
 from stages.interrupts import Interrupted
+from stages.model_folder import load_rag_parts, save_rag
 from stages.optimization import make_optimizer
 from stages.passage_encoder import PassageEncoder
-from stages.rag import load_rag_parts, open_rag, save_rag
+from stages.rag import open_rag
 from stages.refresh import Refresh, check_ranks
 from stages.search import index_folder, load_index
 from stages.training import Trainer
