@@ -94,13 +94,18 @@ class PackedBart:
     def log_probs(self, packed: PackedAnswers, label_smoothing: float) -> Tensor:
         """log p [answers] of each answer token, in fp32."""
         tokens, answers = packed.tokens, packed.answers
-        contexts = self._embed(self.model.model.encoder, packed.ids, tokens)
-        for layer in self.model.model.encoder.layers:
-            contexts = self._through(self.encoder_layer, layer, contexts, tokens)
+        contexts = self.contexts(packed.ids, tokens)
         states = self._embed(self.model.model.decoder, packed.read, answers)
         for layer in self.model.model.decoder.layers:
             states = self._through(self.decoder_layer, layer, states, contexts, answers, tokens)
         return self._score(states, packed.targets, label_smoothing)
+
+    def contexts(self, ids: Tensor, tokens: Packing) -> Tensor:
+        """The encoder's states [tokens, H] of packed contexts."""
+        states = self._embed(self.model.model.encoder, ids, tokens)
+        for layer in self.model.model.encoder.layers:
+            states = self._through(self.encoder_layer, layer, states, tokens)
+        return states
 
     def _through(self, run: Callable, layer: nn.Module, *inputs) -> Tensor:
         if self.model.model.encoder.gradient_checkpointing and self.model.training:

@@ -14,6 +14,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from stages.bart_decoder import BartState
 from stages.generator_text import decoded, padded_targets, token_rows
+from stages.packed_bart import PackedBart
+from stages.packing import Packing
 
 FAMILIES = ("bart", "t5", "mt5", "longt5")  # umt5: its cache and its forward disagree in transformers 5.17
 
@@ -89,6 +91,8 @@ class Seq2Seq:
     context_suffix: list[int]
     # Positions of the longest context or answer that the model can take; None is no limit.
     max_positions: int | None
+    # Whether weights may be read past the modules' own forward passes, which FSDP does not allow.
+    past_modules: bool = True
 
     def question_tokens(self, questions: list[str]) -> list[list[int]]:
         """Token ids of " // question" without special tokens: they follow the passage's."""
@@ -108,7 +112,11 @@ class Seq2Seq:
         return max(context_tokens, answer_tokens + len(self.decoder_prefix))
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Contexts:
-        """Encode contexts [R, L]; `attention_mask` [R, L] is 0 at padding."""
+        """Encode contexts [R, L]; `attention_mask` [R, L] is 0 at padding. BART without gradient: no padding is computed."""
+        if self.past_modules and not torch.is_grad_enabled() and PackedBart.fits(self.model.config):
+            tokens = Packing.of(attention_mask)
+            packed = PackedBart(self.model, self.decoder_prefix[-1]).contexts(tokens.pack(input_ids), tokens)
+            return Contexts(tokens.unpack(packed), attention_mask)
         encoder = self.model.get_encoder()
         states = encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return Contexts(states, attention_mask)

@@ -88,7 +88,8 @@ def shard(rag: nn.Module, how: Sharding, device: torch.device, precision: str) -
         )
     ranks.wait()  # however unequally long the disks took
     ranks.check_same("weights", sum(float(value.detach().double().sum()) for value in rag.parameters()))
-    rag.packed = None  # it reads weights past the layers, whose forward passes gather them
+    # They read weights past the layers, whose forward passes gather them.
+    rag.packed, rag.generator.past_modules = None, False
     mesh = init_device_mesh(device.type, (ranks.world(),))
     # Left to autocast, a cast copy of every layer's weights would stay until the backward pass. Its operations remain.
     policy = MixedPrecisionPolicy(
