@@ -12,7 +12,7 @@ from stages import launching
 from stages.interrupts import Interrupted, end_with_parent
 from stages.params import Runtime
 
-RANK_0_FIRST_SECONDS = 5
+RANK_0_FIRST_SECONDS = 10
 
 
 def root_folder() -> Path:
