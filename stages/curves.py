@@ -42,10 +42,10 @@ class Curves:
 
     @staticmethod
     def write_csv(history: list[dict], path: Path) -> None:
-        """A row a logged step; what was not measured at a step stays empty."""
+        """A row a logged step; what was not measured at a step stays empty, what single ranks measured is left out."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(history)
 

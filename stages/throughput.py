@@ -9,6 +9,9 @@ import time
 import torch
 from torch import nn
 
+from stages import ranks
+
+GPU_USE = ("gpu_utilization", "gpu_memory")
 # Projections of the contexts in the decoder: they run over the contexts' tokens (BART's and T5's names).
 OF_CONTEXTS = ("encoder_attn.k_proj", "encoder_attn.v_proj", "EncDecAttention.k", "EncDecAttention.v")
 
@@ -72,9 +75,27 @@ def gpu_use(device: torch.device) -> dict[str, float]:
         return {}
     memory = 100 * torch.cuda.max_memory_reserved(device) / torch.cuda.get_device_properties(device).total_memory
     try:
-        return {"gpu_utilization": float(torch.cuda.utilization(device)), "gpu_memory": memory}
+        return dict(zip(GPU_USE, (float(torch.cuda.utilization(device)), memory), strict=True))
     except (ModuleNotFoundError, RuntimeError):  # nvidia-ml-py is missing, or the driver does not answer
         return {}
+
+
+def gpu_use_of_ranks(device: torch.device) -> dict[str, float]:
+    """`gpu_use`; with several ranks, all of which must call it, the means and each rank's with `_rank_N` behind the name.
+
+    A rank whose driver does not answer is left out.
+    """
+    own = gpu_use(device)
+    if ranks.world() == 1 or device.type != "cuda":
+        return own
+    table = ranks.gathered([round(100 * own.get(name, -1.0)) for name in GPU_USE])  # whole numbers travel
+    found = {}
+    for name, column in zip(GPU_USE, zip(*table, strict=True), strict=True):
+        known = {number: value / 100 for number, value in enumerate(column) if value >= 0}
+        if known:
+            found[name] = sum(known.values()) / len(known)
+        found |= {f"{name}_rank_{number}": value for number, value in known.items()}
+    return found
 
 
 class DeviceGaps:

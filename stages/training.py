@@ -26,7 +26,7 @@ from stages.rag import Examples, Rag
 from stages.recipes import Update, check_ranks, updates
 from stages.refresh import Refresh
 from stages.skips import Skips, step_unless
-from stages.throughput import DeviceGaps, gpu_use, matrix_rate, training_flop, weights_by_tokens
+from stages.throughput import DeviceGaps, gpu_use_of_ranks, matrix_rate, training_flop, weights_by_tokens
 from stages.validation import VALIDATION_BATCH, validation_loss
 
 
@@ -274,7 +274,7 @@ class Trainer:
             "tokens_per_second": (float(sums["context_tokens"]) + float(sums["target_tokens"])) / seconds,
             "mfu": flop / seconds / (self.matrix_rate * ranks.world()),
             "host_wait": (window.waited + window.waits.seconds()) / seconds,
-            **gpu_use(self.accelerator.device),
+            **gpu_use_of_ranks(self.accelerator.device),
         }
 
     def _validate(self, validation: Examples) -> dict[str, float]:

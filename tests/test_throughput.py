@@ -5,6 +5,7 @@ import torch
 from tiny_rag import ANSWERS, QUESTIONS, tiny_rag
 from torch.utils.flop_counter import FlopCounterMode
 
+from stages import ranks, throughput
 from stages.progress import distinct_share
 from stages.throughput import DeviceGaps, matrix_rate, training_flop, weights_by_tokens
 
@@ -42,3 +43,21 @@ def test_gaps_count_closed_pairs_only_and_the_rate_leaves_random_numbers_alone()
     state = torch.get_rng_state()
     assert matrix_rate(torch.device("cpu"), torch.float32) > 1e6
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_every_ranks_gpu_use_and_their_mean(monkeypatch, silent):
+    monkeypatch.setattr(throughput, "gpu_use", lambda device: {"gpu_utilization": 80.0, "gpu_memory": 50.5})
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    other = [-100, -100] if silent else [4000, 7050]
+    monkeypatch.setattr(ranks, "gathered", lambda numbers: [numbers, other])
+    found = throughput.gpu_use_of_ranks(torch.device("cuda"))
+    if silent:
+        assert found == {
+            "gpu_utilization": 80.0, "gpu_utilization_rank_0": 80.0, "gpu_memory": 50.5, "gpu_memory_rank_0": 50.5,
+        }  # fmt: skip
+    else:
+        assert found["gpu_utilization"] == 60.0 and found["gpu_memory"] == 60.5
+        assert (found["gpu_utilization_rank_1"], found["gpu_memory_rank_1"]) == (40.0, 70.5)
+    monkeypatch.setattr(ranks, "world", lambda: 1)
+    assert throughput.gpu_use_of_ranks(torch.device("cuda")) == {"gpu_utilization": 80.0, "gpu_memory": 50.5}
