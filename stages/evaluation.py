@@ -62,7 +62,8 @@ def answer(
 ) -> Iterator[Answer]:
     """Answers of all questions, each from its passages `rows` [N, K] (-1: none, the question alone) and their prior.
 
-    Questions are decoded in batches of settings.batch_size, one that does not fit into memory in halves.
+    Questions are decoded settings.batch_size at once, more where they have fewer passages than usual; a batch that does
+    not fit into memory in halves.
     """
     decoding_marginal = "token" if marginal == "token" else "sequence"
     bar = tqdm(total=len(examples), desc=progress, unit=" questions", disable=not progress)
@@ -77,7 +78,8 @@ def answer(
             decoding=settings.decoding, marginalization=decoding_marginal,
         )  # fmt: skip
 
-    for answers in in_batches(len(examples), settings.batch_size, decode):
+    as_many_contexts = settings.batch_size * max(1, rag.n_docs // rows.shape[1])
+    for answers in in_batches(len(examples), as_many_contexts, decode):
         yield from answers
         bar.update(len(answers))
     bar.close()
