@@ -266,5 +266,6 @@ def test_sharded_by_accelerate_it_trains_and_leaves_the_same_files(project, tmp_
     )
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
     assert found == pytest.approx(expected, rel=0.05)  # each rank draws its own dropout
-    assert "trained already, 4 steps" in run(folder, sys.executable, "-m", "stages.train").stdout
+    steps = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))["train"]["max_steps"]
+    assert f"trained already, {steps} steps" in run(folder, sys.executable, "-m", "stages.train").stdout
     assert "EM" in run(folder, sys.executable, "-m", "stages.evaluate").stdout.upper()
