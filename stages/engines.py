@@ -11,9 +11,9 @@ from torch import Tensor
 
 from stages import shapes
 from stages.exact import fp32_scores
-from stages.kinds import build_index, empty_index, filled
+from stages.kinds import build_index
 from stages.quality import SAME_SCORE
-from stages.search import NO_KERNELS, PassageIndex, finds_gpu, kernels_run, on_gpu
+from stages.search import NO_KERNELS, PassageIndex, build_index_on, finds_gpu, kernels_run, on_gpu
 from stages.timing import timed
 
 FACTORIES = ("Flat", "IVF1024,Flat")
@@ -60,8 +60,7 @@ def made(vectors: np.ndarray, factory: str, device: torch.device) -> dict[str, t
     there = time.perf_counter()
     if moved is index:
         raise ValueError(f"--engine faiss-gpu: FAISS does not take {factory} to a GPU, its reason is above")
-    empty = on_gpu(empty_index(vectors.shape[1], factory, len(vectors)), device)
-    own = with_nprobe(filled(empty, vectors, factory))
+    own = with_nprobe(on_gpu(build_index_on(device, vectors, factory), device))
     finished = time.perf_counter()
     return {"cpu": (index, built - started), "moved": (moved, there - built), "built_there": (own, finished - there)}
 
@@ -70,7 +69,7 @@ def check_faiss_gpu(device: torch.device) -> None:
     """Raises ValueError where FAISS cannot search on `device`."""
     if device.type != "cuda" or not finds_gpu():
         raise ValueError(
-            f"--engine faiss-gpu: faiss {faiss.__version__} finds no GPU here; it needs one and faiss-gpu-cu12 in place of "
+            f"--engine faiss-gpu: faiss {faiss.__version__} finds no GPU here; it needs one and faiss-gpu in place of "
             "faiss-cpu, --engine exact needs neither"
         )
     if not kernels_run(device.index or 0):

@@ -48,11 +48,11 @@ def make_index(params: Params, device) -> None:
     from stages.encoders import load_encoder
     from stages.encoding import encode_passages, encode_some
     from stages.importing import SAMPLE, check_sample, open_imported, write_vectors
-    from stages.kinds import build_index, empty_index, set_search_parameters
+    from stages.kinds import empty_index, set_search_parameters
     from stages.manifest import put_in_place
     from stages.outside import find
     from stages.quality import search_quality
-    from stages.search import describe_index, load_index, write_index
+    from stages.search import build_index_on, describe_index, load_index, write_index
 
     settings, lengths = params.index, params.lengths
     faiss.omp_set_num_threads(torch.get_num_threads())
@@ -95,7 +95,7 @@ def make_index(params: Params, device) -> None:
         shutil.copyfile(imported.path, result / "index.faiss")
     else:
         vectors = np.load(result / "vectors.npy", mmap_mode="r", allow_pickle=False)
-        write_index(build_index(vectors, settings.factory, settings.train_size), result)
+        write_index(build_index_on(device, vectors, settings.factory, settings.train_size), result)
     describe_index(result, {"factory": kind, "passages": len(passages), "dimension": encoder.dimension})
     built = time.perf_counter()
 

@@ -45,14 +45,7 @@ def build_index(vectors: np.ndarray, factory: str, train_size: int = TRAIN_SIZE)
 
 def filled(index: faiss.Index, vectors: np.ndarray, factory: str, train_size: int = TRAIN_SIZE) -> faiss.Index:
     """An empty index of the factory string, wherever it is, trained and filled with all vectors [N, d]."""
-    if not index.is_trained:
-        sample = np.random.default_rng(0).permutation(len(vectors))[:train_size]
-        try:
-            index.train(np.ascontiguousarray(vectors[np.sort(sample)]))  # sorted: the disk is read from front to back
-        except RuntimeError as error:
-            raise ValueError(
-                f"index.factory: '{factory}' cannot be trained on {len(sample)} passages ({reason(error)})"
-            ) from None
+    train(index, vectors, factory, train_size)
     for first in range(0, len(vectors), ROWS_A_CHUNK):
         chunk = np.ascontiguousarray(vectors[first : first + ROWS_A_CHUNK])
         try:
@@ -60,6 +53,19 @@ def filled(index: faiss.Index, vectors: np.ndarray, factory: str, train_size: in
         except RuntimeError:  # IDMap wants its ids said: row numbers
             index.add_with_ids(chunk, np.arange(first, first + len(chunk)))
     return index
+
+
+def train(index: faiss.Index, vectors: np.ndarray, factory: str, train_size: int = TRAIN_SIZE) -> None:
+    """Trains an index, wherever it is, on `train_size` of the vectors, unless it is trained or learns nothing."""
+    if index.is_trained:
+        return
+    sample = np.random.default_rng(0).permutation(len(vectors))[:train_size]
+    try:
+        index.train(np.ascontiguousarray(vectors[np.sort(sample)]))  # sorted: the disk is read from front to back
+    except RuntimeError as error:
+        raise ValueError(
+            f"index.factory: '{factory}' cannot be trained on {len(sample)} passages ({reason(error)})"
+        ) from None
 
 
 def opened(file: Path) -> faiss.Index:

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from stages import manifest, ranks
 from stages.exact import ExactSearch, fp32_scores
-from stages.kinds import inner, opened, reason, set_search_parameters
+from stages.kinds import TRAIN_SIZE, empty_index, filled, inner, opened, reason, set_search_parameters, train
 from stages.params import Index
 from stages.shards import ShardedSearch
 
 FILES = ("index.faiss", "vectors.npy", "index.json")
 SHARE_OF_FREE_MEMORY = 0.25
 NO_KERNELS = (
-    f"faiss {faiss.__version__} has no kernels that run on this GPU (faiss-gpu-cu12 has them for compute capability 7.0 to "
-    "8.9; an H100 is 9.0); install a build for it"
+    f"faiss {faiss.__version__} has no kernels that run on this GPU; install faiss-gpu 1.14.3 or newer, which has them for "
+    "compute capability 7.0 and up (faiss-gpu-cu12 ends at 8.9; an H100 is 9.0)"
 )
 # What FAISS's GPU kernels must be able to do, as a program of its own.
 PROBE = """
@@ -90,19 +90,45 @@ class PassageIndex:
         return bool(ranks.least([int(self.vectors.numel() * 2 <= SHARE_OF_FREE_MEMORY * free)])[0])
 
 
+def build_index_on(
+    device: torch.device, vectors: np.ndarray, factory: str, train_size: int = TRAIN_SIZE
+) -> faiss.Index:
+    """`kinds.build_index` with what FAISS can do on a GPU done there; the index is on the CPU in the end.
+
+    A kind that learns is trained on the GPU; it is filled there too if the vectors, which take more than any kind makes
+    of them, fit into a quarter of the free memory.
+    """
+    index = empty_index(vectors.shape[1], factory, len(vectors))
+    if device.type != "cuda" or index.is_trained:
+        return filled(index, vectors, factory, train_size)
+    there = on_gpu(index, device)
+    train(there, vectors, factory, train_size)
+    if there is index:
+        return filled(index, vectors, factory)
+    free, _ = torch.cuda.mem_get_info(device)
+    if vectors.nbytes <= SHARE_OF_FREE_MEMORY * free:
+        return faiss.index_gpu_to_cpu(filled(there, vectors, factory))
+    return filled(faiss.index_gpu_to_cpu(there), vectors, factory)
+
+
 def on_gpu(index: faiss.Index, device: torch.device) -> faiss.Index:
     """The index on the GPU where FAISS can take it there, else the index itself."""
     if not finds_gpu():
         return index
     kind = type(index).__name__
     if not kernels_run(device.index or 0):
-        print(f"{kind} is searched on the CPU: {NO_KERNELS}", file=sys.stderr)
+        _say_once(f"{kind} stays on the CPU: {NO_KERNELS}")
         return index
     try:
         return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device.index or 0, index)
     except RuntimeError as error:
-        print(f"{kind} is searched on the CPU: FAISS does not move it to a GPU ({reason(error)})", file=sys.stderr)
+        _say_once(f"{kind} stays on the CPU: FAISS does not move it to a GPU ({reason(error)})")
         return index
+
+
+@cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def finds_gpu() -> bool:

@@ -124,4 +124,31 @@ def test_a_faiss_whose_kernels_abort_on_this_gpu_searches_on_the_cpu(monkeypatch
         assert search.on_gpu(index, torch.device("cuda")) is index
     finally:
         search.kernels_run.cache_clear()
-    assert "IndexFlatIP is searched on the CPU: faiss" in capfd.readouterr().err
+    assert "IndexFlatIP stays on the CPU: faiss" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("free", [0, 1e9], ids=["trained there", "filled there too"])
+def test_an_index_built_with_a_gpu_is_the_one_built_without(free, monkeypatch):
+    moved = []
+    monkeypatch.setattr(search, "on_gpu", lambda index, device: moved.append(faiss.clone_index(index)) or moved[0])
+    monkeypatch.setattr(faiss, "index_gpu_to_cpu", faiss.clone_index, raising=False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1e9))
+    built = search.build_index_on(torch.device("cuda"), VECTORS, "IVF8,Flat")
+    assert moved[0].is_trained and moved[0].ntotal == (600 if free else 0)
+    expected = build_index(VECTORS, "IVF8,Flat")
+    assert np.array_equal(built.search(QUERIES.numpy(), 5)[1], expected.search(QUERIES.numpy(), 5)[1])
+    assert built.ntotal == 600
+
+
+@pytest.mark.skipif(not search.finds_gpu(), reason="FAISS's own search on a GPU")
+@pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "IVF8,SQ8", "IVF8,PQ8"])
+def test_faiss_on_a_gpu_finds_what_it_finds_on_the_cpu(factory, capfd):
+    index = build_index(VECTORS, factory)
+    if hasattr(index, "nprobe"):
+        index.nprobe = 4
+    there = search.on_gpu(index, torch.device("cuda", 0))
+    assert there is not index, capfd.readouterr().err
+    built = search.build_index_on(torch.device("cuda", 0), VECTORS, factory)
+    assert built.ntotal == 600 and isinstance(built, type(index))
+    for found, expected in zip(there.search(QUERIES.numpy(), 5), index.search(QUERIES.numpy(), 5), strict=True):
+        assert np.allclose(found, expected, rtol=1e-5)
