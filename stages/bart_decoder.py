@@ -39,7 +39,7 @@ class BartState:
 
     def __init__(self, model: nn.Module, states: Tensor, mask: Tensor):
         """A hypothesis on each of the contexts `states` [C, L, H]; `mask` [C, L] is 0 at padding."""
-        self.model, self.decoder = model, model.model.decoder
+        self.decoder = model.model.decoder
         self.heads = model.config.decoder_attention_heads
         self.mask = mask.bool()[:, None, None]
         self.of_contexts, self.projections = [], []
@@ -52,6 +52,9 @@ class BartState:
             self.projections.append(
                 (torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts]))
             )
+        # Rows of 8: the GPU's matrix products are several times slower where the vocabulary's size is odd.
+        self.vocab, missing = len(model.lm_head.weight), -len(model.lm_head.weight) % 8
+        self.head = F.pad(model.lm_head.weight, (0, 0, 0, missing)), F.pad(model.final_logits_bias[0], (0, missing))
         self.hypotheses = Hypotheses.on(torch.arange(len(states), device=states.device), len(states))
         # [layers, 2, R, heads, room, H / heads]: keys and values of the `fed` tokens so far
         self.own = states.new_empty(
@@ -83,7 +86,7 @@ class BartState:
             inner = layer.fc2(layer.activation_fn(layer.fc1(states)))
             states = layer.final_layer_norm(states + inner)
         self.fed = end
-        return self.model.lm_head(states) + self.model.final_logits_bias
+        return F.linear(states, *self.head)[..., : self.vocab]
 
     def reorder(self, rows: LongTensor) -> None:
         """Row r goes on from the hypothesis of row `rows[r]`, which must stand on the same context."""

@@ -15,8 +15,8 @@ from torch import LongTensor, Tensor
 
 from stages.generators import Generator
 
-# Most logits to hold at once while candidates are rescored: 2**27 are 0.5 GB in fp32.
-LOGITS_AT_ONCE = 2**27
+# Most logits to hold at once while candidates are rescored: 2**28 are 1 GB in fp32.
+LOGITS_AT_ONCE = 2**28
 
 
 @dataclass

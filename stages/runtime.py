@@ -57,6 +57,8 @@ def prepare_torch(runtime: Runtime):
     use_cuda = runtime.device == "cuda" or (runtime.device == "auto" and torch.cuda.is_available())
     torch.set_num_threads(runtime.threads or free_cores())
     torch.set_float32_matmul_precision("high")
+    # cuDNN's attention takes about 15 ms to plan each new shape, and here nearly every batch has one.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if not (use_cuda and launching.launched()):
         return torch.device("cuda" if use_cuda else "cpu")
     if launching.local_rank() >= torch.cuda.device_count():
