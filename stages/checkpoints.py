@@ -23,7 +23,10 @@ from stages.runtime import root_folder
 
 DESCRIPTION, BEST = "description.json", "best.json"
 # Modules that change no result, so that a mended message costs no training (tests/test_dag.py leaves out the same).
-WATCHERS = {"interrupts", "journal", "launching", "leftovers", "params", "recording", "runtime", "tracking"}
+WATCHERS = {
+    "interrupts", "journal", "launching", "leftovers", "mlflow_run", "mlflow_store", "params", "recording", "runtime",
+    "tracking",
+}  # fmt: skip
 
 
 def describe(settings: dict, inputs: list[Path]) -> dict[str, dict]:

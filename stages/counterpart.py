@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers import RagConfig, RagSequenceForGeneration
 
 from stages import shapes
+from stages.examples import RagBatch
 from stages.optimization import make_optimizer
-from stages.rag import Rag, RagBatch
+from stages.rag import Rag
 from stages.timing import Peak, timed
 
 THEIR_CONTEXT_TOKENS = 300  # transformers' retriever pads every context to max_combined_length

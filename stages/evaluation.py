@@ -11,10 +11,11 @@ from tqdm import tqdm
 
 from stages import marginalization, scoring
 from stages.decoding import Answer, generate
+from stages.examples import Examples
 from stages.fusion import Hits
 from stages.micro_batches import in_batches
 from stages.params import Evaluate
-from stages.rag import Examples, Rag
+from stages.rag import Rag
 from stages.recipes import has_bf16
 
 RECALL_DEPTHS = (1, 5, 20)

@@ -154,7 +154,7 @@ class Journal:
     """An append-only file of records, and the position up to which they were sent.
 
     path: the journal of one training, on a disk that outlives the process. `state` is what is remembered
-    between processes: `offset` (bytes sent), and what tracking.MlflowRun adds. Records that could not be
+    between processes: `offset` (bytes sent), and what mlflow_run.MlflowRun adds. Records that could not be
     written (disk full) wait in `unwritten` and are tried again with each new one, so the order stays.
     """
 

@@ -47,7 +47,7 @@ def main() -> None:
     import torch
     from transformers import AutoTokenizer
 
-    from stages import pretraining, pretraining_corpus, scoring
+    from stages import pretraining, pretraining_batches, pretraining_corpus, scoring
 
     if arguments.part == "arrays":
         pretraining_corpus.build_arrays(
@@ -62,7 +62,7 @@ def main() -> None:
     started = time.time()
     folder = arguments.work / arguments.part
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    arrays = pretraining.Arrays(folder / "arrays.npz", device)
+    arrays = pretraining_batches.Arrays(folder / "arrays.npz", device)
     if arguments.part == "encoder":
         model = pretraining.new_encoder(len(tokenizer), arguments.layers, arguments.projection).to(device)
         batch_size = arguments.batch_size or 4096

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import torch
 
 from stages import marginalization, ranks
-from stages.rag import RagBatch, RagOutput
+from stages.examples import RagBatch
+from stages.rag import RagOutput
 from stages.throughput import DeviceGaps
 
 SUMS = (

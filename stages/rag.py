@@ -5,7 +5,6 @@ generator scores the answer under each passage, the marginal is the loss. Where 
 passages found are encoded anew for their scores.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from stages import marginalization
 from stages.contexts import TokenStore, assemble_contexts
 from stages.cuda_graphs import CudaGraphs
 from stages.encoders import Encoder, padded_rows
+from stages.examples import Examples, RagBatch
 from stages.fusion import Hits, fuse
 from stages.generators import Generator
 from stages.packed_bart import PackedBart
@@ -23,41 +23,6 @@ from stages.packed_causal import PackedCausal
 from stages.params import Lengths, Params
 from stages.passage_encoder import PassageEncoder
 from stages.search import PassageIndex, doc_scores, load_index
-
-
-@dataclass
-class Examples:
-    """Questions and one gold answer each, tokenized once."""
-
-    for_encoder: TokenStore  # with special tokens
-    for_generator: TokenStore  # " // question", without
-    targets: Tensor  # [N, T] answer ids, EOS, padding
-    target_mask: Tensor  # [N, T]
-    hits: Hits | None = None  # BM25's, where retrieval is hybrid
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def to(self, device: torch.device) -> "Examples":
-        return Examples(
-            self.for_encoder.to(device),
-            self.for_generator.to(device),
-            self.targets.to(device),
-            self.target_mask.to(device),
-            self.hits and self.hits.to(device),
-        )
-
-
-class RagBatch(NamedTuple):
-    """B questions on the model's device."""
-
-    question_ids: Tensor  # [B, L]
-    question_mask: Tensor  # [B, L]
-    generator_questions: Tensor  # [B, Q] ids of " // question"
-    generator_question_lengths: Tensor  # [B]
-    targets: Tensor  # [B, T]
-    target_mask: Tensor  # [B, T]
-    hits: Hits | None = None
 
 
 class RagOutput(NamedTuple):

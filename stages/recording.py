@@ -1,6 +1,6 @@
 """Recording a run without ever waiting for MLflow: the Tracker that a stage holds, and the thread behind it.
 
-Nothing here imports mlflow; stages/tracking.py opens a Tracker and makes the calls.
+Nothing here imports mlflow; stages/tracking.py opens a Tracker, stages/mlflow_run.py makes the calls.
 """
 
 import os
@@ -65,7 +65,7 @@ def environment_tags(root: Path) -> dict[str, str]:
 class Sender:
     """Takes records off a journal, in order, and has `run` make MLflow calls of them; for one thread.
 
-    run: tracking.MlflowRun, whose calls can all be made twice without a change: a record is sent twice where
+    run: mlflow_run.MlflowRun, whose calls can all be made twice without a change: a record is sent twice where
     the process dies between the call and the note of it.
     """
 

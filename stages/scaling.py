@@ -22,10 +22,11 @@ from stages.contexts import TokenStore
 from stages.encoders import Encoder
 from stages.encoding import encode_passages
 from stages.exact import ExactSearch
+from stages.examples import Examples
 from stages.leftovers import FOLDER
 from stages.measuring import rag_to_train, trainer_of
 from stages.micro_batches import free_memory
-from stages.rag import Examples, Rag
+from stages.rag import Rag
 from stages.shards import ShardedSearch, part_of
 from stages.throughput import synchronize
 from stages.timing import Peak, spread, timed

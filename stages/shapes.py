@@ -22,9 +22,10 @@ from transformers import (
 from stages.causal import Causal
 from stages.contexts import TokenStore
 from stages.encoders import Encoder
+from stages.examples import Examples
 from stages.generators import Generator
 from stages.params import Lengths
-from stages.rag import Examples, Rag, open_rag
+from stages.rag import Rag, open_rag
 from stages.search import PassageIndex
 from stages.seq2seq import Seq2Seq
 

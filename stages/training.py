@@ -16,13 +16,14 @@ from tqdm import tqdm
 from stages import checkpoints as checkpointing
 from stages import ranks, sharding
 from stages.checkpoints import Checkpoints
+from stages.examples import Examples
 from stages.interrupts import Interrupted
 from stages.keeping import Keeper
 from stages.micro_batches import free_memory, halved, is_out_of_memory, split
 from stages.optimization import clipped_norms, make_optimizer, make_schedule
 from stages.params import Recipe, Train
 from stages.progress import Progress, Window
-from stages.rag import Examples, Rag
+from stages.rag import Rag
 from stages.recipes import Update, check_ranks, updates
 from stages.refresh import Refresh
 from stages.skips import Skips, step_unless

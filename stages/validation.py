@@ -3,8 +3,9 @@
 import torch
 
 from stages import ranks, sharding
+from stages.examples import Examples
 from stages.micro_batches import in_batches
-from stages.rag import Examples, Rag
+from stages.rag import Rag
 
 VALIDATION_BATCH = 16
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from stages import pretraining
+from stages import pretraining_batches
 from stages.pretraining_corpus import EOS, MASK, PAD, build_arrays, entity_spans
 
 NAMES = ["Ada Falk", "Bo Lindqvist", "Cleo Marchetti", "Dag Ostrov", "Eva Kowalski", "Finn Abara"]
@@ -69,12 +69,12 @@ def test_entity_spans_are_names_and_numbers():
 
 
 def test_cloze_answers_stand_in_their_passage_and_the_question_hides_them(work):
-    arrays = pretraining.Arrays(work / "generator/arrays.npz", torch.device("cpu"))
+    arrays = pretraining_batches.Arrays(work / "generator/arrays.npz", torch.device("cpu"))
     tokenizer = AutoTokenizer.from_pretrained(work / "generator/tokenizer")
     torch.manual_seed(0)
     rows = arrays.with_spans[torch.randint(len(arrays.with_spans), (200,))]
     prefix = torch.tensor(tokenizer("//", add_special_tokens=False).input_ids)
-    asked, lengths, answers = pretraining.cloze_questions(arrays, rows, prefix)
+    asked, lengths, answers = pretraining_batches.cloze_questions(arrays, rows, prefix)
     tokens, sizes = arrays.passages.padded(rows, 1000, PAD)
     for row in range(200):
         question, answer = asked[row, : lengths[row]].tolist(), answers[row].tolist()
@@ -88,16 +88,16 @@ def test_cloze_answers_stand_in_their_passage_and_the_question_hides_them(work):
 def test_compact_keeps_order():
     tokens = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
     keep = torch.tensor([[True, False, True, True], [False, False, False, True]])
-    ids, lengths = pretraining.compact(tokens, keep, 3)
+    ids, lengths = pretraining_batches.compact(tokens, keep, 3)
     assert ids.tolist() == [[5, 7, 8], [12, PAD, PAD]] and lengths.tolist() == [3, 1]
 
 
 def test_inverse_cloze_takes_the_window_out_of_the_passage(work):
-    arrays = pretraining.Arrays(work / "encoder/arrays.npz", torch.device("cpu"))
+    arrays = pretraining_batches.Arrays(work / "encoder/arrays.npz", torch.device("cpu"))
     torch.manual_seed(0)
     rows = arrays.with_spans[torch.randint(len(arrays.with_spans), (100,))]
-    whole, sizes = arrays.passages.padded(rows, pretraining.ENCODER_PASSAGE_TOKENS, PAD)
-    query, query_lengths, rest, rest_lengths = pretraining.inverse_cloze(arrays, rows, remove=1.0)
+    whole, sizes = arrays.passages.padded(rows, pretraining_batches.ENCODER_PASSAGE_TOKENS, PAD)
+    query, query_lengths, rest, rest_lengths = pretraining_batches.inverse_cloze(arrays, rows, remove=1.0)
     for row in range(100):
         passage = whole[row, : sizes[row]].tolist()
         left, asked = rest[row, : rest_lengths[row]].tolist(), query[row, : query_lengths[row]].tolist()
@@ -106,7 +106,7 @@ def test_inverse_cloze_takes_the_window_out_of_the_passage(work):
         starts = [i for i in range(len(left) + 1) if passage[:i] + passage[i + cut :] == left]
         # What is gone is one window, and the query is words of that window in their order.
         assert any(is_subsequence(asked, passage[i : i + cut]) for i in starts)
-    _, _, kept, kept_lengths = pretraining.inverse_cloze(arrays, rows, remove=0.0)
+    _, _, kept, kept_lengths = pretraining_batches.inverse_cloze(arrays, rows, remove=0.0)
     assert torch.equal(kept_lengths, sizes) and torch.equal(kept, whole)
 
 

@@ -17,6 +17,7 @@ from sqlalchemy.engine import make_url
 
 from stages import tracking
 from stages.journal import Journal, record
+from stages.mlflow_store import MlflowClient, tracking_uri
 from stages.runtime import root_folder
 
 CODE = Path(__file__).resolve().parent.parent
@@ -27,7 +28,7 @@ EXPERIMENT = "demo"
 def migrated(tmp_path_factory):
     """A fresh store costs a second of migrations: made once, then copied."""
     folder = tmp_path_factory.mktemp("store")
-    tracking.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     return folder / "mlflow.db"
 
 
@@ -50,7 +51,7 @@ def runs(client):
 
 
 def local_client(root):
-    return tracking.MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+    return MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
 
 
 def values(client, run_id, name):
@@ -130,19 +131,19 @@ def test_root_is_dvc_root_else_the_current_folder(root, monkeypatch):
 def test_the_store_of_a_plain_mlflow_ui(root, monkeypatch):
     from mlflow.tracking._tracking_service.utils import _get_default_tracking_uri
 
-    ours = make_url(tracking.tracking_uri(root)).database
+    ours = make_url(tracking_uri(root)).database
     assert ours == str(root / make_url(_get_default_tracking_uri()).database)
 
 
 def test_mlflow_tracking_uri_wins(root, monkeypatch, migrated):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://tracking.example/path")
-    assert tracking.tracking_uri(root) == "https://tracking.example/path"
+    assert tracking_uri(root) == "https://tracking.example/path"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")
     shutil.copy(migrated, root / "other.db")
     with start(root) as tracker:
         tracker.log_metrics({"loss": 1.0}, 1)
     assert runs(local_client(root)) == []
-    (run,) = runs(tracking.MlflowClient(f"sqlite:///{root / 'other.db'}"))
+    (run,) = runs(MlflowClient(f"sqlite:///{root / 'other.db'}"))
     assert run.data.metrics == {"loss": 1.0}
 
 
@@ -534,7 +535,7 @@ def test_a_server_that_comes_late_gets_the_full_run_once(root, server, monkeypat
     server(port)
     for _ in range(2):
         assert tracking.main([str(root / "journal.jsonl")]) == 0
-    client = tracking.MlflowClient(uri)
+    client = MlflowClient(uri)
     (run,) = runs(client)
     check_everything(client, run.info.run_id, root)
 
@@ -555,7 +556,7 @@ def test_a_server_that_goes_and_comes_back(root, server, monkeypatch, capsys):
         (root / "server" / "mlflow.db").rename(root / "mlflow.db")
         server(port)
         assert tracker.flush(90)
-    client = tracking.MlflowClient(f"http://127.0.0.1:{port}")
+    client = MlflowClient(f"http://127.0.0.1:{port}")
     history = client.get_metric_history(tracker.run_id, "loss")
     assert sorted(one.step for one in history) == list(range(50))
     steps = [step for step, _ in values(client, tracker.run_id, "system/cpu_utilization_percentage")]
@@ -587,7 +588,7 @@ def test_a_server_that_hangs_holds_up_nothing_and_gets_everything_once(root, ser
             break
         time.sleep(0.2)
     assert tracking.main([str(root / "journal.jsonl")]) == 0
-    client = tracking.MlflowClient(f"http://127.0.0.1:{port}")
+    client = MlflowClient(f"http://127.0.0.1:{port}")
     assert values(client, tracker.run_id, "loss") == [(step, float(step)) for step in range(200)]
     assert client.get_run(tracker.run_id).info.status == "FINISHED"
 
