@@ -107,6 +107,6 @@ def _no_parameter(name: str, index: faiss.Index, owner: str) -> str:
     return f"index.{name}: the index is of kind {kind}, which has no such parameter ({owner} has); set it to null"
 
 
-def reason(error: RuntimeError) -> str:
+def reason(error: Exception) -> str:
     """What a FAISS exception says, in one line."""
     return str(error).strip().splitlines()[-1][:200]

@@ -6,10 +6,13 @@ own already. Dropout draws start from the same state again, but over other shape
 larger batch would have had, their distribution does not, and a repeated run draws the same ones.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+from stages import launching
 
 REMEDIES = "lower lengths.context_tokens or retriever.n_docs, take a smaller model, or close what else uses the memory"
 
@@ -39,25 +42,21 @@ def free_memory() -> None:
 
 
 def in_batches(count: int, size: int, work: Callable[[list[int]], object], halve: bool = True) -> Iterator:
-    """`work` of the rows 0 to count - 1, `size` together, fewer where memory runs out (`halve`); in the order of the rows."""
-    for first in range(0, count, size):
+    """`work` of the rows 0 to count - 1 in their order, `size` together; where memory runs out (`halve`), half as many
+    from there on."""
+    first = 0
+    while first < count:
         rows = list(range(first, min(first + size, count)))
-        yield from in_parts(rows, work) if halve else [work(rows)]
-
-
-def in_parts(rows: list[int], work: Callable[[list[int]], object]) -> Iterator:
-    """`work` of all rows together or, where memory runs out, of halves, quarters, ...; in the order of the rows."""
-    waiting = [rows]
-    while waiting:
-        part = waiting.pop(0)
         try:
-            result = work(part)
+            result = work(rows)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not halve or not is_out_of_memory(error):
                 raise
-            size = halved(len(part))
+            size = halved(len(rows))
         else:
             yield result
+            first += len(rows)
             continue
         free_memory()
-        waiting = split([part], size) + waiting
+        if not launching.rank():
+            print(f"out of memory with {len(rows)} questions at once: {size} from here on", file=sys.stderr)

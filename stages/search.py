@@ -102,13 +102,18 @@ def build_index_on(
     if device.type != "cuda" or index.is_trained:
         return filled(index, vectors, factory, train_size)
     there = on_gpu(index, device)
-    train(there, vectors, factory, train_size)
-    if there is index:
-        return filled(index, vectors, factory)
-    free, _ = torch.cuda.mem_get_info(device)
-    if vectors.nbytes <= SHARE_OF_FREE_MEMORY * free:
-        return faiss.index_gpu_to_cpu(filled(there, vectors, factory))
-    return filled(faiss.index_gpu_to_cpu(there), vectors, factory)
+    if there is not index:
+        try:
+            train(there, vectors, factory, train_size)
+            free, _ = torch.cuda.mem_get_info(device)
+            if vectors.nbytes <= SHARE_OF_FREE_MEMORY * free:
+                return faiss.index_gpu_to_cpu(filled(there, vectors, factory))
+            return filled(faiss.index_gpu_to_cpu(there), vectors, factory)
+        except (RuntimeError, ValueError) as error:
+            _say_once(
+                f"{type(index).__name__} is built on the CPU: FAISS does not build it on this GPU ({reason(error)})"
+            )
+    return filled(index, vectors, factory, train_size)
 
 
 def on_gpu(index: faiss.Index, device: torch.device) -> faiss.Index:

@@ -140,6 +140,20 @@ def test_an_index_built_with_a_gpu_is_the_one_built_without(free, monkeypatch):
     assert built.ntotal == 600
 
 
+def test_what_a_gpu_cannot_build_is_built_on_the_cpu(monkeypatch, capfd):
+    def refuse(*arguments):
+        raise ValueError("no memory there")
+
+    monkeypatch.setattr(search, "on_gpu", lambda index, device: faiss.clone_index(index))
+    monkeypatch.setattr(search, "train", refuse)
+    built = search.build_index_on(torch.device("cuda"), VECTORS, "IVF8,Flat")
+    assert built.ntotal == 600
+    assert (
+        "IndexIVFFlat is built on the CPU: FAISS does not build it on this GPU (no memory there)"
+        in capfd.readouterr().err
+    )
+
+
 @pytest.mark.skipif(not search.finds_gpu(), reason="FAISS's own search on a GPU")
 @pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "IVF8,SQ8", "IVF8,PQ8"])
 def test_faiss_on_a_gpu_finds_what_it_finds_on_the_cpu(factory, capfd):
