@@ -106,7 +106,7 @@ def test_imports_point_one_way():
     assert not imports_of("params")
 
 
-def test_only_tracking_imports_mlflow():
+def test_only_the_modules_of_tracking_import_mlflow():
     using = {file.stem for file in STAGES.glob("*.py") if "mlflow" in third_party_of(file.stem)}
     assert using == {"tracking", "mlflow_run", "mlflow_store"}
 
