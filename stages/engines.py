@@ -11,9 +11,9 @@ from torch import Tensor
 
 from stages import shapes
 from stages.exact import fp32_scores
-from stages.kinds import build_index
+from stages.kinds import build_index, empty_index, filled
 from stages.quality import SAME_SCORE
-from stages.search import NO_KERNELS, PassageIndex, build_index_on, finds_gpu, kernels_run, on_gpu
+from stages.search import NO_KERNELS, PassageIndex, finds_gpu, kernels_run, on_gpu
 from stages.timing import timed
 
 FACTORIES = ("Flat", "IVF1024,Flat")
@@ -60,7 +60,8 @@ def made(vectors: np.ndarray, factory: str, device: torch.device) -> dict[str, t
     there = time.perf_counter()
     if moved is index:
         raise ValueError(f"--engine faiss-gpu: FAISS does not take {factory} to a GPU, its reason is above")
-    own = with_nprobe(on_gpu(build_index_on(device, vectors, factory), device))
+    empty = on_gpu(empty_index(vectors.shape[1], factory, len(vectors)), device)
+    own = with_nprobe(filled(empty, vectors, factory))
     finished = time.perf_counter()
     return {"cpu": (index, built - started), "moved": (moved, there - built), "built_there": (own, finished - there)}
 

@@ -96,24 +96,21 @@ def build_index_on(
     """`kinds.build_index` with what FAISS can do on a GPU done there; the index is on the CPU in the end.
 
     A kind that learns is trained on the GPU; it is filled there too if the vectors, which take more than any kind makes
-    of them, fit into a quarter of the free memory.
+    of them, fit into a quarter of the free memory. What the GPU does not manage the CPU does.
     """
     index = empty_index(vectors.shape[1], factory, len(vectors))
-    if device.type != "cuda" or index.is_trained:
+    there = index if device.type != "cuda" or index.is_trained else on_gpu(index, device)
+    if there is index:
         return filled(index, vectors, factory, train_size)
-    there = on_gpu(index, device)
-    if there is not index:
-        try:
-            train(there, vectors, factory, train_size)
-            free, _ = torch.cuda.mem_get_info(device)
-            if vectors.nbytes <= SHARE_OF_FREE_MEMORY * free:
-                return faiss.index_gpu_to_cpu(filled(there, vectors, factory))
-            return filled(faiss.index_gpu_to_cpu(there), vectors, factory)
-        except (RuntimeError, ValueError) as error:
-            _say_once(
-                f"{type(index).__name__} is built on the CPU: FAISS does not build it on this GPU ({reason(error)})"
-            )
-    return filled(index, vectors, factory, train_size)
+    try:
+        train(there, vectors, factory, train_size)
+        free, _ = torch.cuda.mem_get_info(device)
+        if vectors.nbytes <= SHARE_OF_FREE_MEMORY * free:
+            return faiss.index_gpu_to_cpu(filled(there, vectors, factory))
+        return filled(faiss.index_gpu_to_cpu(there), vectors, factory)
+    except (RuntimeError, ValueError) as error:
+        _say_once(f"{type(index).__name__} is built on the CPU: FAISS does not build it on this GPU ({reason(error)})")
+        return filled(index, vectors, factory, train_size)
 
 
 def on_gpu(index: faiss.Index, device: torch.device) -> faiss.Index:
