@@ -6,14 +6,18 @@ those of the shard: at a hundred thousand passages they differ little from those
 """
 
 import multiprocessing
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import bm25s
 import numpy as np
 import Stemmer
 from datasets import Dataset
 from tqdm import tqdm
+
+# bm25s imports JAX where it is installed, and JAX would take three quarters of the GPU's memory for nothing.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+import bm25s  # noqa: E402
 
 SHARD = 100_000  # passages indexed at once: about 1 GB at 100 words each
 QUESTIONS_A_TASK = 256

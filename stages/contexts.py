@@ -7,6 +7,7 @@ gathers token ids.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ class TokenStore:
     @classmethod
     def from_rows(cls, rows: list[list[int]]) -> "TokenStore":
         lengths = torch.tensor([0, *(len(row) for row in rows)], dtype=torch.int64)
-        flat = np.fromiter((token for row in rows for token in row), dtype=np.int32, count=int(lengths.sum()))
+        flat = np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=int(lengths.sum()))
         return cls(torch.from_numpy(flat), lengths.cumsum(0))
 
     @classmethod

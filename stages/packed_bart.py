@@ -5,6 +5,7 @@ written here, because theirs goes over padded rows.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -119,11 +120,16 @@ class PackedBart:
         return F.dropout(states, stack.dropout, stack.training)
 
     def _score(self, states: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+        vocab = self.model.config.vocab_size
+        head, bias = self._head(states)
+
         def score(states: Tensor, targets: Tensor) -> Tensor:
-            logits = self.model.lm_head(states) + self.model.final_logits_bias
+            logits = head(states) + bias
+            if label_smoothing:
+                logits = logits[:, :vocab]
             return marginalization.token_log_probs(logits[None, None], targets[None], label_smoothing)[0, 0]
 
-        rows = max(1, LOGITS_AT_ONCE // self.model.config.vocab_size)
+        rows = max(1, LOGITS_AT_ONCE // vocab)
         if len(states) <= rows:
             return score(states, targets)
         return torch.cat(
@@ -132,3 +138,19 @@ class PackedBart:
                 for pair in zip(states.split(rows), targets.split(rows), strict=True)
             ]
         )
+
+    def _head(self, states: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """The projection to the vocabulary and its bias, to be used for all pieces of the loss.
+
+        On a GPU the weights are cast here, once, and the vocabulary is filled up to a multiple of 8 by words that are
+        impossible: matrix products are several times slower where its size is odd, as BART's is.
+        """
+        head, bias = self.model.lm_head, self.model.final_logits_bias[0]
+        if not states.is_cuda or type(head) is not nn.Linear:  # an adapter's module is more than its weights
+            return head, bias
+        weight, missing = head.weight, -head.out_features % 8
+        if torch.is_autocast_enabled("cuda"):
+            weight = weight.to(torch.get_autocast_dtype("cuda"))
+        if missing:
+            weight, bias = F.pad(weight, (0, 0, 0, missing)), F.pad(bias, (0, missing), value=float("-inf"))
+        return partial(F.linear, weight=weight), bias

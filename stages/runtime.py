@@ -50,6 +50,9 @@ def run(main: Callable[[], None]) -> None:
 
 def prepare_torch(runtime: Runtime):
     """The torch device to compute on, with torch's threads set; raises ValueError for a GPU that is not there."""
+    # Read when the GPU's memory is first asked for. Without it, blocks of one batch's size do not serve the next larger.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the name of old
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     import torch
 
     if runtime.device == "cuda" and not torch.cuda.is_available():
