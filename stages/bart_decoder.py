@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import LongTensor, Tensor, nn
 
+from stages.packed_bart import in_rows_of_8
+
 ROOM = 8  # tokens that a hypothesis has room for at first; doubled where it gets longer
 
 
@@ -52,9 +54,8 @@ class BartState:
             self.projections.append(
                 (torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts]))
             )
-        # Rows of 8: the GPU's matrix products are several times slower where the vocabulary's size is odd.
-        self.vocab, missing = len(model.lm_head.weight), -len(model.lm_head.weight) % 8
-        self.head = F.pad(model.lm_head.weight, (0, 0, 0, missing)), F.pad(model.final_logits_bias[0], (0, missing))
+        self.vocab = len(model.lm_head.weight)
+        self.head = in_rows_of_8(model.lm_head.weight, model.final_logits_bias[0])
         self.hypotheses = Hypotheses.on(torch.arange(len(states), device=states.device), len(states))
         # [layers, 2, R, heads, room, H / heads]: keys and values of the `fed` tokens so far
         self.own = states.new_empty(

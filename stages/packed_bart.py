@@ -140,17 +140,24 @@ class PackedBart:
         )
 
     def _head(self, states: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-        """The projection to the vocabulary and its bias, to be used for all pieces of the loss.
-
-        On a GPU the weights are cast here, once, and the vocabulary is filled up to a multiple of 8 by words that are
-        impossible: matrix products are several times slower where its size is odd, as BART's is.
-        """
+        """The projection to the vocabulary and its bias, for all pieces of the loss; on a GPU cast once and in rows of 8."""
         head, bias = self.model.lm_head, self.model.final_logits_bias[0]
         if not states.is_cuda or type(head) is not nn.Linear:  # an adapter's module is more than its weights
             return head, bias
-        weight, missing = head.weight, -head.out_features % 8
+        weight = head.weight
         if torch.is_autocast_enabled("cuda"):
             weight = weight.to(torch.get_autocast_dtype("cuda"))
-        if missing:
-            weight, bias = F.pad(weight, (0, 0, 0, missing)), F.pad(bias, (0, missing), value=float("-inf"))
+        weight, bias = in_rows_of_8(weight, bias)
         return partial(F.linear, weight=weight), bias
+
+
+def in_rows_of_8(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [V, H] and bias [V] of the projection to the vocabulary, filled up by impossible words to a multiple of 8.
+
+    Their logits are -inf: behind V, no log p and no gradient changes. A GPU's matrix products are several times slower
+    where the vocabulary's size is odd, as BART's is.
+    """
+    missing = -len(weight) % 8
+    if not missing:
+        return weight, bias
+    return F.pad(weight, (0, 0, 0, missing)), F.pad(bias, (0, missing), value=float("-inf"))

@@ -1,7 +1,7 @@
 """Models of real shapes with random weights, and passages, questions and answers of random tokens: for benchmarks.
 
 Nothing is downloaded and no tokenizer is needed. Lengths follow the sample of Wikipedia that the recipes were tuned on:
-contexts of 123 tokens in the mean and 280 at most, answers of 5 tokens and their EOS.
+contexts of 120 tokens in the mean and 280 at most, answers of 5 tokens and their EOS.
 """
 
 from types import SimpleNamespace

@@ -98,3 +98,17 @@ def test_every_process_writes_the_same_index(tmp_path):
         files = sorted(file for file in Path(tmp_path / seed).rglob("*") if file.is_file())
         found.append([(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files])
     assert found[0] == found[1] and len(found[0]) >= 4
+
+
+def test_a_jax_that_is_installed_stays_off_the_gpu(tmp_path):
+    package = tmp_path / "jax"
+    package.mkdir()
+    (package / "__init__.py").write_text("import os\nprint('jax on', os.environ.get('JAX_PLATFORMS'))\n")
+    (package / "lax.py").write_text("def top_k(scores, k): pass\n")
+    root = Path(__file__).resolve().parent.parent
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), str(tmp_path)])
+    done = subprocess.run(
+        [sys.executable, "-c", "import stages.bm25"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "jax on cpu" in done.stdout

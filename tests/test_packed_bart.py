@@ -5,7 +5,7 @@ import torch
 from tiny_rag import ANSWERS, QUESTIONS, tiny_rag
 from transformers import BartConfig, DPRConfig
 
-from stages import packed_bart, shapes
+from stages import marginalization, packed_bart, shapes
 from stages.packed_bart import PackedBart
 
 MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]])
@@ -55,6 +55,22 @@ def test_a_vocabulary_projection_in_pieces_changes_nothing(monkeypatch):
     assert distance(gradients_in_pieces, gradients) < 1e-5
 
 
+@pytest.mark.parametrize("vocab", [21, 24])
+def test_impossible_words_change_neither_log_p_nor_gradients(vocab):
+    torch.manual_seed(0)
+    states, bias, targets = torch.randn(6, 4), torch.randn(vocab), torch.tensor([0, 3, vocab - 1, 7, 7, 20])
+    results = []
+    for fill in (lambda *head: head, packed_bart.in_rows_of_8):
+        weight = torch.randn(vocab, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        read = states.clone().requires_grad_()
+        wide, biases = fill(weight, bias)
+        assert len(wide) == len(biases) == (24 if results else vocab)
+        log_p = marginalization.token_log_probs((read @ wide.T + biases)[None, None], targets[None])
+        results.append((log_p.detach(), *torch.autograd.grad(log_p.square().sum(), (read, weight))))
+    for found, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_padding_tokens_reach_nothing():
     rag = tiny_rag()
     ids, mask = torch.randint(4, 8192, (4, 4)), MASK
@@ -95,6 +111,8 @@ def test_random_shapes_have_the_lengths_that_they_promise():
     examples = shapes.random_examples(rag, 200)
     sizes = (rag.passages.offsets[1:] - rag.passages.offsets[:-1]).double()
     assert 100 < sizes.mean() < 118 and sizes.max() <= 265
+    together = sizes.view(-1, 3).mean(1)  # what a question finds
+    assert 105 < together.mean() < 113 and together.std() < 8
     assert 4.5 < examples.target_mask.sum(1).double().mean() < 7.5
     last = examples.target_mask.sum(1) - 1
     assert (examples.targets[torch.arange(200), last] == rag.generator.eos_token_id).all()
