@@ -11,8 +11,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from stages.machine.devices import prepare_torch
+from stages.machine.entry import run
 from stages.params import load_params
-from stages.runtime import prepare_torch, run
 
 PREPARED, TOKENS, INDEX, MODEL = (Path("data") / name for name in ("prepared", "tokens", "index", "model"))
 LEXICAL = Path("data/lexical")
@@ -27,13 +28,13 @@ def main() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    from stages import marginalization
-    from stages.corpus import read_rows
-    from stages.evaluation import answer, passages_of, retrieve
-    from stages.hits import find_hits
-    from stages.model_folder import load_rag_parts
-    from stages.rag import open_rag_on
-    from stages.search import index_folder
+    from stages.bm25.hits import find_hits
+    from stages.corpus.arrow import read_rows
+    from stages.evaluation.answering import answer, passages_of, retrieve
+    from stages.generation import marginalization
+    from stages.rag.folder import load_rag_parts
+    from stages.rag.model import open_rag_on
+    from stages.search.passage_index import index_folder
 
     rag = open_rag_on(load_rag_parts(MODEL), index_folder(MODEL, INDEX), TOKENS, params, device)
     rag.eval()

@@ -9,7 +9,7 @@ Loading checks large files only by size and ends; this is the thorough check aft
 import argparse
 from pathlib import Path
 
-from stages.runtime import run
+from stages.machine.entry import run
 
 WRITTEN_BY = {"prepared": "prepare", "tokens": "prepare", "lexical": "lexical", "index": "index", "model": "train"}
 
@@ -18,7 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", nargs="*", type=Path, help="without one, all that exist")
     arguments = parser.parse_args()
-    from stages.manifest import MANIFEST, damage
+    from stages.storage.manifest import MANIFEST, damage
 
     known = [Path("data") / name for name in WRITTEN_BY]
     for folder in arguments.folder or [folder for folder in known if folder.is_dir()]:

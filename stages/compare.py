@@ -15,8 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from stages.machine.entry import run
 from stages.params import load_params
-from stages.runtime import run
 
 COMPARISON, ABLATION = Path("metrics/compare.json"), Path("metrics/ablation.json")
 SHOWN = (

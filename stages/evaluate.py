@@ -9,8 +9,9 @@ data/predictions/predictions.jsonl holds a row a question with its passages, the
 import json
 from pathlib import Path
 
+from stages.machine.devices import prepare_torch
+from stages.machine.entry import root_folder, run
 from stages.params import load_params
-from stages.runtime import prepare_torch, root_folder, run
 
 PREPARED, TOKENS, INDEX, MODEL = (Path("data") / name for name in ("prepared", "tokens", "index", "model"))
 LEXICAL = Path("data/lexical")
@@ -21,15 +22,16 @@ TABLE_ROWS = 500
 def main() -> None:
     params = load_params()
     device = prepare_torch(params.runtime)
-    from stages.corpus import gold_rows, read_rows
-    from stages.evaluation import evaluate, generator_dtype
-    from stages.hits import read_hits
-    from stages.leftovers import drop_finished
-    from stages.model_folder import load_rag_parts
-    from stages.rag import open_rag_on
-    from stages.search import index_folder
-    from stages.signs import evaluation_signs
-    from stages.tracking import open_run
+    from stages.bm25.hits import read_hits
+    from stages.compute.precision import generator_dtype
+    from stages.corpus.arrow import gold_rows, read_rows
+    from stages.evaluation.answering import evaluate
+    from stages.rag.folder import load_rag_parts
+    from stages.rag.model import open_rag_on
+    from stages.search.passage_index import index_folder
+    from stages.storage.leftovers import drop_finished
+    from stages.tracking.runs import open_run
+    from stages.verdicts.of_evaluation import evaluation_signs
 
     settings = params.evaluate
     parts = load_rag_parts(MODEL)

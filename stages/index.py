@@ -14,8 +14,9 @@ import shutil
 import time
 from pathlib import Path
 
+from stages.machine.devices import prepare_torch
+from stages.machine.entry import run
 from stages.params import Params, load_params
-from stages.runtime import prepare_torch, run
 
 PREPARED, RETRIEVER, INDEX = Path("data/prepared"), Path("data/retriever"), Path("data/index")
 METRICS = Path("metrics/index.json")
@@ -24,12 +25,12 @@ RECALL_QUESTIONS = 256
 
 def main() -> None:
     params = load_params()
-    from stages.launching import launch
+    from stages.machine.launching import launch
 
     if launch(params.runtime.processes, params.runtime.device):
         return
     device = prepare_torch(params.runtime)
-    from stages import ranks
+    from stages.compute import ranks
 
     with ranks.group(device):
         make_index(params, device)
@@ -42,17 +43,17 @@ def make_index(params: Params, device) -> None:
     import torch
     from transformers import DPRContextEncoder
 
-    from stages import ranks
-    from stages.checkpoints import checkpoint_folder, describe, fingerprint
-    from stages.corpus import read_rows
-    from stages.encoders import load_encoder
-    from stages.encoding import encode_passages, encode_some
-    from stages.importing import SAMPLE, check_sample, open_imported, write_vectors
-    from stages.kinds import empty_index, set_search_parameters
-    from stages.manifest import put_in_place
-    from stages.outside import find
-    from stages.quality import search_quality
-    from stages.search import build_index_on, describe_index, load_index, write_index
+    from stages.compute import ranks
+    from stages.corpus.arrow import read_rows
+    from stages.encoders.encoder import load_encoder
+    from stages.search.adopted_index import SAMPLE, check_sample, open_imported, write_vectors
+    from stages.search.index_kinds import empty_index, set_search_parameters
+    from stages.search.index_quality import search_quality
+    from stages.search.passage_index import build_index_on, describe_index, load_index, write_index
+    from stages.search.passage_vectors import encode_passages, encode_some
+    from stages.storage.checkpoints import checkpoint_folder, describe, fingerprint
+    from stages.storage.manifest import put_in_place
+    from stages.storage.outside_files import find
 
     settings, lengths = params.index, params.lengths
     faiss.omp_set_num_threads(torch.get_num_threads())

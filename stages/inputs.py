@@ -7,16 +7,16 @@ DVC runs it every time. The other stages depend on what it writes: a changed fil
 
 from pathlib import Path
 
-from stages.outside import describe, describe_model, find
+from stages.machine.entry import run
 from stages.params import Data, load_params
-from stages.runtime import run
+from stages.storage.outside_files import describe, describe_model, find
 
 INPUTS = Path("data/inputs")
 
 
 def main() -> None:
     params = load_params()
-    from stages.manifest import write_json
+    from stages.storage.manifest import write_json
 
     models = params.models
     import_path = params.index.import_path

@@ -12,8 +12,8 @@ import os
 import shutil
 from pathlib import Path
 
+from stages.machine.entry import run
 from stages.params import load_params
-from stages.runtime import run
 
 PREPARED, LEXICAL, METRICS = Path("data/prepared"), Path("data/lexical"), Path("metrics/lexical.json")
 K1, B = 0.9, 0.4  # Anserini's for passages of a hundred words
@@ -30,8 +30,8 @@ def main() -> None:
     if depth:
         metrics |= find_hits(work, depth, params.runtime.threads or len(os.sched_getaffinity(0)))
 
-    from stages import manifest
-    from stages.hits import DEPTH
+    from stages.bm25.hits import DEPTH
+    from stages.storage import manifest
 
     manifest.write_json(work / DEPTH, {"depth": depth})
     manifest.record_folder(work)
@@ -44,16 +44,16 @@ def find_hits(folder: Path, depth: int, processes: int) -> dict[str, float]:
     """Writes every split's hits; returns how often a gold passage of the test questions is among the first k, in percent."""
     import numpy as np
 
-    from stages import bm25
-    from stages.corpus import gold_rows, read_rows
-    from stages.scoring import recall_at
+    from stages.bm25 import lexical_search
+    from stages.corpus.arrow import gold_rows, read_rows
+    from stages.corpus.recall import recall_at
 
     passages = read_rows(PREPARED / "passages.arrow")
     splits = {name: read_rows(PREPARED / f"{name}.arrow") for name in ("train", "validation", "test")}
     questions = [question for rows in splits.values() for question in rows["question"]]
     (folder / "index").mkdir()
-    shards = bm25.save(bm25.shards_of(passages, K1, B), folder / "index")
-    rows, scores = bm25.search(shards, questions, depth, processes)
+    shards = lexical_search.save(lexical_search.shards_of(passages, K1, B), folder / "index")
+    rows, scores = lexical_search.search(shards, questions, depth, processes)
     ends = np.cumsum([len(split) for split in splits.values()])[:-1]
     for name, some, their_scores in zip(splits, np.split(rows, ends), np.split(scores, ends), strict=True):
         np.save(folder / f"{name}_rows.npy", some.astype(np.int32))

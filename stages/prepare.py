@@ -9,23 +9,23 @@ Reads `seed`, `data`, `models.generator` (its tokenizer) and `lengths.context_to
 
 from pathlib import Path
 
+from stages.machine.entry import run
 from stages.params import load_params
-from stages.runtime import run
 
 PREPARED, TOKENS, UNUSABLE = Path("data/prepared"), Path("data/tokens"), Path("data/unusable.jsonl")
 
 
 def main() -> None:
     params = load_params()
-    from stages import airports, files, nq
-    from stages.contexts import write_tokens
-    from stages.corpus import PASSAGES, QUESTIONS, read_rows, replacing, write_rows
-    from stages.generators import load_tokenizer, passage_tokens
-    from stages.outside import find
-    from stages.positives import find_positives, lacking
-    from stages.report import Report
-    from stages.rows import PassageIds, columns_of, keep_known, read_passages, read_questions
-    from stages.splits import split_questions
+    from stages.corpus.arrow import PASSAGES, QUESTIONS, read_rows, replacing, write_rows
+    from stages.corpus.token_store import write_tokens
+    from stages.generation.tokenizer import load_tokenizer, passage_tokens
+    from stages.reading import airports, files, natural_questions
+    from stages.reading.positives import find_positives, lacking
+    from stages.reading.rows import PassageIds, columns_of, keep_known, read_passages, read_questions
+    from stages.reading.splits import split_questions
+    from stages.reading.unusable_rows import Report
+    from stages.storage.outside_files import find
 
     data = params.data
     tokenizer = load_tokenizer(str(find(params.models.generator)))
@@ -37,7 +37,11 @@ def main() -> None:
             write_rows(prepared / "passages.arrow", PASSAGES, passages)
         else:
             columns = columns_of(data.fields)
-            tables = files.open_tables(data.files, columns) if data.source == "files" else nq.open_tables(data.nq)
+            tables = (
+                files.open_tables(data.files, columns)
+                if data.source == "files"
+                else natural_questions.open_tables(data.nq)
+            )
             corpus = tables.pop("passages")
             given = {split: read_questions(table, data.fields, split, report) for split, table in tables.items()}
             questions = split_questions(given, data.shares, params.seed)

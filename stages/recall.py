@@ -10,8 +10,9 @@ import argparse
 import json
 from pathlib import Path
 
+from stages.machine.devices import prepare_torch
+from stages.machine.entry import run
 from stages.params import load_params
-from stages.runtime import prepare_torch, run
 
 PREPARED, RETRIEVER, INDEX, LEXICAL = (Path("data") / name for name in ("prepared", "retriever", "index", "lexical"))
 DEPTHS = (1, 5, 20)
@@ -30,13 +31,13 @@ def main() -> None:
     import numpy as np
     import torch
 
-    from stages.contexts import TokenStore
-    from stages.corpus import gold_rows, read_rows
-    from stages.encoders import load_encoder
-    from stages.fusion import fuse
-    from stages.hits import read_hits
-    from stages.scoring import recall_at
-    from stages.search import load_index
+    from stages.bm25.hits import read_hits
+    from stages.corpus.arrow import gold_rows, read_rows
+    from stages.corpus.recall import recall_at
+    from stages.corpus.token_store import TokenStore
+    from stages.encoders.encoder import load_encoder
+    from stages.search.fusion import fuse
+    from stages.search.passage_index import load_index
 
     passages, questions = (read_rows(PREPARED / f"{name}.arrow") for name in ("passages", arguments.split))
     gold = gold_rows(questions, passages)

@@ -11,8 +11,9 @@ must know its corpus before the index is built.
 import json
 from pathlib import Path
 
+from stages.machine.devices import prepare_torch
+from stages.machine.entry import run
 from stages.params import load_params
-from stages.runtime import prepare_torch, run
 
 PREPARED, RETRIEVER, METRICS = Path("data/prepared"), Path("data/retriever"), Path("metrics/retriever.json")
 
@@ -23,12 +24,12 @@ def main() -> None:
     import torch
     from transformers import DPRContextEncoder, DPRQuestionEncoder
 
-    from stages.contexts import TokenStore
-    from stages.corpus import positions_of, read_rows
-    from stages.encoders import load_encoder
-    from stages.mining import HardNegatives, best_hits, tokenize_passages, without_answers
-    from stages.outside import find
-    from stages.warmup import WarmUp
+    from stages.corpus.arrow import positions_of, read_rows
+    from stages.corpus.token_store import TokenStore
+    from stages.encoders.encoder import load_encoder
+    from stages.encoders.mining import HardNegatives, best_hits, tokenize_passages, without_answers
+    from stages.encoders.warmup import WarmUp
+    from stages.storage.outside_files import find
 
     settings, lengths, models = params.retriever, params.lengths, params.models
     hard = settings.hard_negatives

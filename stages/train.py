@@ -13,8 +13,9 @@ index of its vectors lie beside it. Killed and started again, it goes on from it
 import json
 from pathlib import Path
 
+from stages.machine.devices import prepare_torch
+from stages.machine.entry import root_folder, run
 from stages.params import Params, load_params
-from stages.runtime import prepare_torch, root_folder, run
 
 PREPARED, TOKENS, RETRIEVER, INDEX = (Path("data") / name for name in ("prepared", "tokens", "retriever", "index"))
 LEXICAL = Path("data/lexical")
@@ -34,14 +35,15 @@ def settings_of(params: Params) -> dict:
 
 def main() -> None:
     params = load_params()
-    from stages.launching import launch
+    from stages.machine.launching import launch
 
     if launch(params.runtime.processes, params.runtime.device):
         return
     device = prepare_torch(params.runtime)
-    from stages import ranks, sharding
+    from stages.compute import ranks
+    from stages.training import fsdp
 
-    asked = sharding.asked()
+    asked = fsdp.asked()
     with ranks.group(device):
         train(params, device, asked)
 
@@ -49,33 +51,36 @@ def main() -> None:
 def train(params: Params, device, sharded=None) -> None:
     """One rank's part of the training, or all of it; rank 0 alone writes what the stage leaves.
 
-    `sharded` is a sharding.Sharding: each rank then holds a part of the models.
+    `sharded` is a fsdp.Sharding: each rank then holds a part of the models.
     """
     import torch
     from transformers import DPRContextEncoder
 
-    from stages import leftovers, manifest, model_folder, ranks, sharding
-    from stages.checkpoints import Checkpoints, checkpoint_folder, describe, digest, fingerprint
-    from stages.corpus import read_rows
-    from stages.curves import Curves, summary
-    from stages.encoders import load_encoder
-    from stages.hits import read_hits
-    from stages.interrupts import Interrupts
-    from stages.lora import add_lora
-    from stages.mining import tokenize_passages
-    from stages.outside import find
-    from stages.passage_encoder import PassageEncoder
-    from stages.rag import open_rag_on
-    from stages.recipes import mixed_precision
-    from stages.refresh import check_ranks
-    from stages.signs import training_signs
-    from stages.skips import Skips
-    from stages.tracking import environment_tags, open_run
-    from stages.training import Trainer
+    from stages.bm25.hits import read_hits
+    from stages.compute import ranks
+    from stages.compute.precision import mixed_precision
+    from stages.corpus.arrow import read_rows
+    from stages.encoders.encoder import load_encoder
+    from stages.encoders.mining import tokenize_passages
+    from stages.generation.lora import add_lora
+    from stages.machine.signals import Interrupts
+    from stages.rag import folder
+    from stages.rag.model import open_rag_on
+    from stages.search.passage_encoder import PassageEncoder
+    from stages.storage import leftovers, manifest
+    from stages.storage.checkpoints import Checkpoints, checkpoint_folder, describe, digest, fingerprint
+    from stages.storage.outside_files import find
+    from stages.tracking.runs import environment_tags, open_run
+    from stages.training import fsdp
+    from stages.training.curves import Curves, summary
+    from stages.training.index_refresh import check_ranks
+    from stages.training.skipped_steps import Skips
+    from stages.training.trainer import Trainer
+    from stages.verdicts.of_training import training_signs
 
     check_ranks(params.train.index_refresh_steps, ranks.world())
     base_generator = find(params.models.generator)
-    parts = model_folder.load_base_parts(
+    parts = folder.load_base_parts(
         str(RETRIEVER / "question_encoder"), str(base_generator), params.models.chat_template
     )
     torch.manual_seed(params.train.seed)
@@ -91,7 +96,7 @@ def train(params: Params, device, sharded=None) -> None:
     precision = mixed_precision(params.recipe.precision, device)
     rag = open_rag_on(parts, INDEX, TOKENS, params, device, passage_encoder, models_move=sharded is None)
     if sharded:
-        sharding.shard(rag, sharded, device, precision)
+        fsdp.shard(rag, sharded, device, precision)
         if ranks.is_main():
             print("FSDP: padded forward passes, without CUDA graphs and without train.compile")
     if params.train.compile and rag.packed:
@@ -157,7 +162,7 @@ def train(params: Params, device, sharded=None) -> None:
             tracker.set_tags({"out_of_memory": ", ".join(trainer.progress.halvings)})
 
         metrics = summary(trainer.progress, params.train, params.recipe.checkpoints == "best")
-        model_folder.save_rag(rag, MODEL, params.recipe.marginalization)
+        folder.save_rag(rag, MODEL, params.recipe.marginalization)
         tracker.register_checkpoint(
             f"{params.train.recipe}-best" if params.recipe.checkpoints == "best" else f"{params.train.recipe}-last",
             root / MODEL, int(metrics["kept_step"]), {}, {"recipe": params.train.recipe},

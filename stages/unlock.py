@@ -11,7 +11,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from stages.runtime import run
+from stages.machine.entry import run
 
 RWLOCK, LOCK, ASIDE = Path(".dvc/tmp/rwlock"), Path("dvc.lock"), Path(".dvc/tmp/dvc.lock.broken")
 

@@ -1,4 +1,4 @@
-"""What the ranks of tests/test_ranks.py do: `python -m ranked WORK FOLDER PROCESSES [SETTINGS]`, settings as JSON.
+"""What the ranks of tests/compute/test_ranks.py do: `python -m tests.ranked WORK FOLDER PROCESSES [SETTINGS]`, settings as JSON.
 
 Rank 0 leaves weights.safetensors and history.json in the folder, every rank its checksum.
 """
@@ -8,8 +8,8 @@ import signal
 import sys
 from pathlib import Path
 
-from stages.launching import launch
-from stages.runtime import run
+from stages.machine.entry import run
+from stages.machine.launching import launch
 
 
 def train(
@@ -17,19 +17,20 @@ def train(
     generator: str = "bart", lora: bool = False, precision: str = "no", questions: int | None = None, **settings,
 ):  # fmt: skip
     """A training of the tiny model; at step `stop_at` the last rank alone is asked to stop."""
-    import tiny_rag
     import torch
-    from test_families import rag_of
 
-    from stages import ranks, training
-    from stages.checkpoints import Checkpoints
-    from stages.interrupts import Interrupts
-    from stages.lora import add_lora
+    from stages.compute import ranks
+    from stages.generation.lora import add_lora
+    from stages.machine.signals import Interrupts
     from stages.params import Lora
-    from stages.shards import ShardedSearch
+    from stages.search.sharded_search import ShardedSearch
+    from stages.storage.checkpoints import Checkpoints
+    from stages.training import trainer
+    from tests import tiny_rag
+    from tests.rag.test_families import rag_of
 
     if sgd:  # Adam's first steps are the gradient's sign, which would hide a wrong scale
-        training.make_optimizer = lambda rag, settings: torch.optim.SGD(rag.parameters(), lr=settings.learning_rate)
+        trainer.make_optimizer = lambda rag, settings: torch.optim.SGD(rag.parameters(), lr=settings.learning_rate)
     rag = rag_of(generator)
     if lora:
         add_lora(rag.generator_model, Lora(rank=2, alpha=4, dropout=0.0, target_modules=None))
@@ -37,7 +38,7 @@ def train(
         shard(folder, rag, precision)
     if shards:
         rag.index.exact = ShardedSearch(rag.index.vectors, torch.device("cpu"))
-    trainer = training.Trainer(
+    trainer = trainer.Trainer(
         rag,
         tiny_rag.NEW,
         tiny_rag.SETTINGS.model_copy(update=settings),
@@ -62,9 +63,10 @@ def shard(folder: Path, rag, precision: str) -> None:
     """As stages.train does it; leaves the share of the generator that this rank holds."""
     import torch
 
-    from stages import ranks, sharding
+    from stages.compute import ranks
+    from stages.training import fsdp
 
-    sharding.shard(rag, sharding.Sharding(), torch.device("cpu"), precision)
+    fsdp.shard(rag, fsdp.Sharding(), torch.device("cpu"), precision)
     sizes = [(value.to_local().numel(), value.numel()) for value in rag.generator_model.parameters()]
     own, all_of_it = map(sum, zip(*sizes, strict=True))
     (folder / f"share-{ranks.rank()}.json").write_text(json.dumps(own / all_of_it))
@@ -73,8 +75,8 @@ def shard(folder: Path, rag, precision: str) -> None:
 def keep(folder: Path, trainer) -> None:
     from safetensors.torch import save_file
 
-    from stages import ranks
-    from stages.checkpoints import own_weights
+    from stages.compute import ranks
+    from stages.storage.checkpoints import own_weights
 
     if ranks.is_main() or not trainer.sharded:
         save_file(own_weights(trainer.rag), folder / f"weights-{ranks.rank()}.safetensors")
@@ -86,30 +88,32 @@ def out_of_memory(folder: Path, **settings):
     """The last rank has room for one question a forward pass."""
     import torch
 
-    from stages import ranks, training
+    from stages.compute import ranks
+    from stages.training import trainer
 
-    original = training.Trainer._accumulate
+    original = trainer.Trainer._accumulate
 
     def limited(self, examples, rows, *rest):
         if ranks.rank() == ranks.world() - 1 and len(rows) > 1:
             raise torch.OutOfMemoryError("out of memory, says the test")
         original(self, examples, rows, *rest)
 
-    training.Trainer._accumulate = limited
+    trainer.Trainer._accumulate = limited
     return train(folder, **settings)
 
 
 def not_finite(folder: Path, **settings):
     """In the second step one rank's gradient is NaN."""
-    from stages import ranks, training
+    from stages.compute import ranks
+    from stages.training import trainer
 
-    original = training.Trainer._accumulate
+    original = trainer.Trainer._accumulate
 
     def poisoned(self, examples, rows, divisor, window):
         bad = ranks.is_main() and self.progress.step == 1
         original(self, examples, rows, float("nan") if bad else divisor, window)
 
-    training.Trainer._accumulate = poisoned
+    trainer.Trainer._accumulate = poisoned
     return train(folder, **settings)
 
 
@@ -121,8 +125,8 @@ def search(folder: Path, rounded: bool = False) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from stages import ranks
-    from stages.shards import ShardedSearch, part_of
+    from stages.compute import ranks
+    from stages.search.sharded_search import ShardedSearch, part_of
 
     found = {}
     for passages in (7, 5000):
@@ -155,16 +159,17 @@ def main() -> None:
         return
     import torch
 
-    from stages import ranks, sharding
+    from stages.compute import ranks
+    from stages.training import fsdp
 
     torch.set_num_threads(1)
     if settings.get("fsdp") == "asked":  # by accelerate
-        settings["fsdp"] = sharding.asked() is not None
+        settings["fsdp"] = fsdp.asked() is not None
     with ranks.group(torch.device("cpu")):
         if work == "encode":
-            import test_encoding
+            from tests.search import test_passage_vectors
 
-            test_encoding.encode(folder)
+            test_passage_vectors.encode(folder)
         elif work == "search":
             search(folder, **settings)
         elif work == "mistake":
@@ -174,7 +179,7 @@ def main() -> None:
 
 
 def raise_on(rank: int | None) -> None:
-    from stages import ranks
+    from stages.compute import ranks
     from stages.params import load_params
 
     if rank in (None, ranks.rank()):

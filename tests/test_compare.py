@@ -5,10 +5,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_pipeline import project, run  # noqa: F401
 
 from stages.compare import SWITCHES, draw, old_settings, summarise, value_of, verdict
 from stages.params import Recipe, load_params
+from tests.test_pipeline import project, run  # noqa: F401
 
 
 def runs_of(folder: Path) -> dict:

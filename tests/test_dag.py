@@ -1,28 +1,39 @@
-"""dvc.yaml against the code: no stage may depend on what it does not declare, and imports point one way."""
+"""dvc.yaml and the house against the code: what a stage declares is what it imports, and imports point down."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from stages.checkpoints import WATCHERS
 from stages.params import Params
+from stages.storage.checkpoints import WATCHERS
 
 STAGES = Path("stages")
 DAG = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
 PIPELINE = list(DAG)
 CACHED = [stage for stage in PIPELINE if not DAG[stage].get("always_changed")]
-OUTSIDE = ["ask", "bench", "chaos", "check", "compare", "pretrain", "recall", "unlock"]
-# They change no result: parameters are tracked key by key, the others only watch.
-NOT_DEPENDENCIES = WATCHERS
+COMMANDS = ["ask", "check", "compare", "recall", "unlock"]
+PROGRAMS = ["bench", "chaos", "pretraining"]
+# A wing may import those below it; stages/README.md draws the same.
+FLOORS = [
+    {"evaluation", "training"}, {"rag"}, {"generation", "search"}, {"encoders", "reading"}, {"bm25", "packed"},
+    {"corpus"}, {"storage"}, {"compute"}, {"machine"},
+]  # fmt: skip
+ALONE = {"tracking", "verdicts"}  # they import no other wing
+MODULES = {".".join(file.relative_to(STAGES).with_suffix("").parts): file for file in STAGES.rglob("*.py")}
 
 
 def imports_of(module: str) -> set[str]:
+    """Modules of ours that a module imports, at its top or within a function, by their names below `stages`."""
     found = set()
-    for node in ast.walk(ast.parse((STAGES / f"{module}.py").read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "stages":
-            found |= {alias.name for alias in node.names} if node.module == "stages" else {node.module.split(".")[1]}
+            package = node.module.removeprefix("stages").lstrip(".")
+            for alias in node.names:
+                inside = f"{package}.{alias.name}".lstrip(".")
+                found.add(inside if inside in MODULES else package)
     return found
 
 
@@ -38,7 +49,7 @@ def everything_imported_by(module: str) -> set[str]:
 
 def third_party_of(module: str) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse((STAGES / f"{module}.py").read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -46,16 +57,30 @@ def third_party_of(module: str) -> set[str]:
     return found
 
 
+def wing_of(module: str) -> str | None:
+    return module.split(".")[0] if "." in module else None
+
+
 @pytest.mark.parametrize("stage", CACHED)
-def test_a_stage_depends_on_exactly_the_code_it_imports(stage):
-    declared = {Path(path).stem for path in DAG[stage]["deps"] if path.endswith(".py")}
-    assert declared == (everything_imported_by(stage) | {stage}) - NOT_DEPENDENCIES
+def test_a_stage_depends_on_the_code_that_it_imports_and_on_no_other(stage):
+    imported = {MODULES[name] for name in everything_imported_by(stage) | {stage}}
+    imported = {file for file in imported if file.relative_to(STAGES).parts[0] not in WATCHERS}
+    declared = {path for path in map(Path, DAG[stage]["deps"]) if path.parts[0] == "stages"}
+    assert all(path.exists() for path in declared)
+    undeclared = {str(file) for file in imported if not ({file, *file.parents} & declared)}
+    assert not undeclared
+    unused = {str(path) for path in declared if not any({file, *file.parents} & {path} for file in imported)}
+    assert not unused
 
 
 def test_the_stages_are_the_pipeline_and_run_by_module():
     assert PIPELINE == ["inputs", "prepare", "retriever", "lexical", "index", "train", "evaluate"]
     assert PIPELINE[1:] == CACHED
     assert all(DAG[stage]["cmd"] == f"python -m stages.{stage}" for stage in PIPELINE)
+
+
+def test_bytecode_is_no_dependency():
+    assert "__pycache__" in Path(".dvcignore").read_text(encoding="utf-8").split()
 
 
 def test_every_data_dependency_is_an_earlier_output():
@@ -83,7 +108,7 @@ def test_parameters_that_the_entry_reads_are_declared(stage):
     """Attribute chains `params.a.b` in an entry, and `settings = params.a`, against the declared keys."""
     declared = [key.replace("${train.recipe}", "*") for key in DAG[stage]["params"]]
     harmless = ("runtime", "signs", "tracking", "recipe", "recipes")
-    for node in ast.walk(ast.parse((STAGES / f"{stage}.py").read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(MODULES[stage].read_text(encoding="utf-8"))):
         parts = []
         while isinstance(node, ast.Attribute):
             parts.insert(0, node.attr)
@@ -98,46 +123,65 @@ def test_parameters_that_the_entry_reads_are_declared(stage):
         )
 
 
-def test_imports_point_one_way():
-    entries = {*PIPELINE, *OUTSIDE}
-    for file in STAGES.glob("*.py"):
-        assert not imports_of(file.stem) & entries, f"{file} imports an entry"
-        assert file.stem not in everything_imported_by(file.stem), f"{file} imports itself in a circle"
+def test_the_top_of_the_house_holds_stages_and_commands_alone():
+    assert {name for name in MODULES if "." not in name} == {*PIPELINE, *COMMANDS, "params", "__init__"}
+    wings = {wing_of(name) for name in MODULES} - {None}
+    assert wings == set().union(*FLOORS) | ALONE | set(PROGRAMS)
+    for wing in wings:
+        assert ast.get_docstring(ast.parse((STAGES / wing / "__init__.py").read_text(encoding="utf-8"))), wing
+
+
+def test_imports_point_down():
+    entries = {*PIPELINE, *COMMANDS}
+    floor = {wing: number for number, wings in enumerate(FLOORS) for wing in wings}
+    for module in MODULES:
+        imported, wing = imports_of(module), wing_of(module)
+        assert not imported & entries, f"{module} imports an entry"
+        assert module not in everything_imported_by(module), f"{module} imports itself in a circle"
+        others = {wing_of(name) for name in imported} - {None, wing}
+        if wing in ALONE:
+            assert not others, f"{module} imports {others}"
+        elif wing in floor:
+            assert others <= floor.keys(), f"{module} imports {others - floor.keys()}"
+            assert all(floor[other] > floor[wing] for other in others), f"{module} imports {others}"
     assert not imports_of("params")
 
 
-def test_only_the_modules_of_tracking_import_mlflow():
-    using = {file.stem for file in STAGES.glob("*.py") if "mlflow" in third_party_of(file.stem)}
-    assert using == {"tracking", "mlflow_run", "mlflow_store"}
+def test_only_the_wing_of_tracking_imports_mlflow():
+    using = {name for name in MODULES if "mlflow" in third_party_of(name)}
+    assert {wing_of(name) for name in using} == {"tracking"}
 
 
 def test_entries_import_nothing_heavy_before_main():
-    for entry in PIPELINE + OUTSIDE:
-        tree = ast.parse((STAGES / f"{entry}.py").read_text(encoding="utf-8"))
+    for entry in PIPELINE + COMMANDS + [f"{program}.__main__" for program in PROGRAMS]:
+        tree = ast.parse(MODULES[entry].read_text(encoding="utf-8"))
         names = set()
         for node in tree.body:
             if isinstance(node, ast.Import):
                 names |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 names.add(node.module)
-        light = {
-            "argparse", "csv", "hashlib", "json", "math", "os", "pathlib", "random", "shutil", "signal", "sqlite3",
-            "statistics", "subprocess", "sys", "tempfile", "time",
-        }  # fmt: skip
-        assert names <= light | {"stages.outside", "stages.params", "stages.runtime"}, entry
+        ours = {name for name in names if name.split(".")[0] == "stages"}
+        assert {name.split(".")[0] for name in names - ours} <= set(sys.stdlib_module_names), entry
+        assert ours <= {
+            "stages.storage.outside_files",
+            "stages.params",
+            "stages.machine.entry",
+            "stages.machine.devices",
+        }, entry
 
 
 def test_what_runs_at_every_repro_imports_little():
     """`inputs` must stay quick: pydantic, YAML and hashing, none of the libraries that take seconds."""
-    modules = everything_imported_by("inputs") | {"inputs"}
+    modules = everything_imported_by("inputs") | {"inputs", "machine.devices"}
     heavy = {"torch", "transformers", "datasets", "pyarrow", "numpy", "faiss", "bm25s", "mlflow"}
-    tree_tops = {
+    tops = {
         name
         for module in modules
-        for node in ast.parse((STAGES / f"{module}.py").read_text(encoding="utf-8")).body
+        for node in ast.parse(MODULES[module].read_text(encoding="utf-8")).body
         for name in (
             [alias.name for alias in node.names] if isinstance(node, ast.Import)
             else [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
         )
     }  # fmt: skip
-    assert not {name.split(".")[0] for name in tree_tops} & heavy
+    assert not {name.split(".")[0] for name in tops} & heavy

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from stages.corpus import PASSAGES, QUESTIONS, write_rows
+from stages.corpus.arrow import PASSAGES, QUESTIONS, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 COUNT = 60

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_pipeline import ROOT, SMALL, first_run, merged, ran, run
+
+from tests.test_pipeline import ROOT, SMALL, first_run, merged, ran, run
 
 pytestmark = pytest.mark.slow
 CITIES = ["Oslo", "Paris", "Rome", "Lima"]

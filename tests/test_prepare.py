@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from stages import prepare
-from stages.airports import render_sample
-from stages.corpus import read_rows
-from stages.runtime import run
+from stages.corpus.arrow import read_rows
+from stages.machine.entry import run
+from stages.reading.airports import render_sample
 
 ROOT = Path(__file__).resolve().parent.parent
 SPLITS = ("train", "validation", "test")

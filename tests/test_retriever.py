@@ -12,11 +12,11 @@ import torch
 import yaml
 from transformers import DPRContextEncoder
 
-from stages.contexts import TokenStore
-from stages.corpus import PASSAGES, QUESTIONS, read_rows, write_rows
-from stages.encoders import load_encoder
-from stages.mining import HardNegatives, best_hits, tokenize_passages, without_answers
-from stages.warmup import WarmUp
+from stages.corpus.arrow import PASSAGES, QUESTIONS, read_rows, write_rows
+from stages.corpus.token_store import TokenStore
+from stages.encoders.encoder import load_encoder
+from stages.encoders.mining import HardNegatives, best_hits, tokenize_passages, without_answers
+from stages.encoders.warmup import WarmUp
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

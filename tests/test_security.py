@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-FILES = sorted(Path("stages").glob("*.py"))
+FILES = sorted(Path("stages").rglob("*.py"))
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 FORBIDDEN_CALLS = {
     "eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.full_load", "yaml.unsafe_load", "yaml.load_all",

@@ -7,13 +7,14 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration, DPRConfig, DPRQuestionEncoder
 
-from stages.contexts import TokenStore
-from stages.encoders import Encoder
-from stages.generators import generator_from, passage_tokens
-from stages.kinds import build_index
+from stages.corpus.token_store import TokenStore
+from stages.encoders.encoder import Encoder
+from stages.generation.generator import generator_from
+from stages.generation.tokenizer import passage_tokens
 from stages.params import Lengths, Recipe, Train
-from stages.rag import Rag, open_rag
-from stages.search import PassageIndex, describe_index, write_index
+from stages.rag.model import Rag, open_rag
+from stages.search.index_kinds import build_index
+from stages.search.passage_index import PassageIndex, describe_index, write_index
 
 LENGTHS = Lengths(question_tokens=24, passage_tokens=48, context_tokens=64, answer_tokens=8)
 TITLES = [f"Place {name}" for name in ("Alpha", "Beta", "Gamma", "Delta", "Epsilon", "Zeta", "Eta", "Theta", "Iota")]

@@ -1,0 +1,1 @@
+"""python -m stages.bench: benchmarks that anyone can repeat."""

@@ -1,0 +1,1 @@
+"""python -m stages.chaos: kills the pipeline and compares what comes out."""

@@ -1,0 +1,107 @@
+"""Passages and questions as Arrow files: written once by prepare, memory-mapped by everyone else."""
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+
+from stages.storage import manifest
+
+PASSAGES = pa.schema([("id", pa.string()), ("title", pa.large_string()), ("text", pa.large_string())])
+QUESTIONS = pa.schema(
+    [
+        ("id", pa.string()),
+        ("question", pa.string()),
+        ("answers", pa.list_(pa.string())),
+        ("positive_ids", pa.list_(pa.string())),
+    ]
+)
+ROWS_A_BATCH = 1000
+IDS_A_SCAN = 65536
+
+
+def write_rows(path: Path, schema: pa.Schema, rows: Iterable[dict]) -> int:
+    """Streams rows into an Arrow file and returns their number; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    count = 0
+    with open(unfinished, "wb") as file:
+        with pa.ipc.new_stream(file, schema) as stream:
+            for batch in batches(rows, ROWS_A_BATCH):
+                stream.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+                count += len(batch)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    manifest.record(path)
+    return count
+
+
+def read_rows(path: Path) -> Dataset:
+    """The rows of an Arrow file, memory-mapped."""
+    if not path.is_file():
+        raise ValueError(f"{path}: not found; run `dvc repro` (or python -m stages.prepare) first")
+    problem = manifest.damage(path.parent, (path.name,))
+    if problem:
+        raise ValueError(f"{path}: damaged ({problem}); delete it and run `dvc repro --force prepare`")
+    try:
+        return Dataset.from_file(str(path))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path}: damaged ({error}); delete it and run `dvc repro --force prepare`") from None
+
+
+def positions_of(passages: Dataset, wanted: set[str] | None = None) -> dict[str, int]:
+    """The row of every passage id, or of the wanted ones: 21 million ids need 3 GB, those that questions name little."""
+    ids = passages.select_columns("id").with_format("arrow")
+    names = None if wanted is None else pa.array(sorted(wanted), pa.string())
+    found, first = {}, 0
+    for table in ids.iter(IDS_A_SCAN):
+        column = table["id"].combine_chunks()
+        rows = pa.array(range(len(column))) if names is None else pc.indices_nonzero(pc.is_in(column, value_set=names))
+        found.update(zip(column.take(rows).to_pylist(), (first + row for row in rows.to_pylist()), strict=True))
+        first += len(column)
+    return found
+
+
+def gold_rows(questions: Dataset, passages: Dataset) -> list[list[int]]:
+    """Rows of the passages that each question names as its own, as far as they are in the corpus."""
+    named = questions["positive_ids"]
+    position = positions_of(passages, {name for names in named for name in names})
+    return [[position[name] for name in names if name in position] for names in named]
+
+
+@contextmanager
+def replacing(*folders: Path) -> Iterator[list[Path]]:
+    """Empty folders to write into, which take the places of `folders` when the block ends without an error.
+
+    With an error everything stays as it was. Raises ValueError in one line where the disk cannot be written.
+    """
+    unfinished = [folder.with_name(folder.name + ".unfinished") for folder in folders]
+    try:
+        for folder in unfinished:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        yield unfinished
+        for file in (file for folder in unfinished for file in folder.rglob("*") if file.is_file()):
+            with open(file, "rb+") as opened:
+                os.fsync(opened.fileno())
+        for folder, new in zip(folders, unfinished, strict=True):
+            manifest.put_in_place(new, folder)
+    except OSError as error:
+        raise ValueError(f"{error.filename or folders[0]}: cannot be written: {error.strerror or error}") from None
+    finally:
+        for folder in unfinished:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def batches(rows: Iterable, size: int) -> Iterator[list]:
+    """Consecutive lists of at most `size` rows."""
+    iterator = iter(rows)
+    while batch := list(islice(iterator, size)):
+        yield batch

@@ -1,0 +1,1 @@
+"""Answers: decoding, and their scores."""

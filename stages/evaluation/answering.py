@@ -1,0 +1,164 @@
+"""Answering a set of questions with a trained model: batched retrieval and decoding, scores, and the lines around them."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from tqdm import tqdm
+
+from stages.bm25.hits import Hits
+from stages.compute.out_of_memory import in_batches
+from stages.corpus.answers import contains_answer
+from stages.corpus.recall import recall_at
+from stages.evaluation import scoring
+from stages.evaluation.decoding import Answer, generate
+from stages.generation import marginalization
+from stages.params import Evaluate
+from stages.rag.batches import Examples
+from stages.rag.model import Rag
+
+RECALL_DEPTHS = (1, 5, 20)
+
+
+@dataclass
+class Found:
+    """What the retriever found for N questions: passage rows and scores [N, depth], best first."""
+
+    rows: Tensor
+    scores: Tensor
+
+
+@torch.no_grad()
+def retrieve(rag: Rag, examples: Examples, depth: int, batch_size: int) -> Found:
+    """The `depth` best passages of every question; depth is at least rag.n_docs."""
+    rows, scores = [], []
+    wanted, rag.n_docs = rag.n_docs, depth
+
+    def search(some: list[int]) -> tuple[Tensor, Tensor]:
+        batch = rag.batch(examples, some)
+        return rag.retrieve(rag.encode_questions(batch), batch.hits)
+
+    for found, score in in_batches(len(examples), batch_size, search):
+        rows.append(found)
+        scores.append(score)
+    rag.n_docs = wanted
+    return Found(torch.cat(rows), torch.cat(scores))
+
+
+def answer(
+    rag: Rag, examples: Examples, rows: Tensor, log_prior: Tensor, settings: Evaluate, marginal: str, progress: str
+) -> Iterator[Answer]:
+    """Answers of all questions, each from its passages `rows` [N, K] (-1: none, the question alone) and their prior.
+
+    Questions are decoded settings.batch_size at once, more where they have fewer passages than usual; a batch that does
+    not fit into memory in halves.
+    """
+    decoding_marginal = "token" if marginal == "token" else "sequence"
+    bar = tqdm(total=len(examples), desc=progress, unit=" questions", disable=not progress)
+
+    def decode(chosen: list[int]) -> list[Answer]:
+        batch = rag.batch(examples, chosen)
+        input_ids, attention_mask = rag.contexts(batch, rows[chosen])
+        shape = (len(chosen), rows.shape[1], -1)
+        return generate(
+            rag.generator, input_ids.view(shape), attention_mask.view(shape), log_prior[chosen],
+            num_beams=settings.num_beams, max_answer_tokens=rag.lengths.answer_tokens,
+            decoding=settings.decoding, marginalization=decoding_marginal,
+        )  # fmt: skip
+
+    as_many_contexts = settings.batch_size * max(1, rag.n_docs // rows.shape[1])
+    for answers in in_batches(len(examples), as_many_contexts, decode):
+        yield from answers
+        bar.update(len(answers))
+    bar.close()
+
+
+def evaluate(
+    rag: Rag,
+    questions: Dataset,
+    passages: Dataset,
+    gold_rows: list[list[int]],
+    settings: Evaluate,
+    marginal: str,
+    hits: Hits | None = None,
+) -> tuple[dict[str, float], list[dict]]:
+    """Scores in percent over all questions, and a row a question for the predictions file.
+
+    `gold_rows`: rows of each question's own passages among `passages`, where it names any.
+    Beside EM and F1: recall by gold passage and by answer string, EM with the gold passage given (oracle) and with no
+    passage at all (closed book).
+    """
+    rag.eval()
+    device = next(rag.parameters()).device
+    golds = list(questions["answers"])
+    examples = rag.examples(list(questions["question"]), [answers[0] for answers in golds], hits).to(device)
+
+    started = time.perf_counter()
+    depth = max(*RECALL_DEPTHS, rag.n_docs)
+    found = retrieve(rag, examples, depth, settings.batch_size)
+    rows = found.rows[:, : rag.n_docs]
+    prior = marginalization.log_prior(found.scores[:, : rag.n_docs])
+    answers = list(answer(rag, examples, rows, prior, settings, marginal, "answer"))
+    seconds = time.perf_counter() - started
+
+    known = [index for index, gold in enumerate(gold_rows) if gold]
+    none = torch.zeros((len(examples), 1), device=device)
+    closed = list(answer(rag, examples, none.long() - 1, none, settings, marginal, "closed book"))
+    oracle_rows = torch.tensor([[gold[0] if gold else -1] for gold in gold_rows], device=device)
+    oracle = list(answer(rag, examples, oracle_rows, none, settings, marginal, "gold passage"))
+
+    found_rows = found.rows.tolist()
+    by_id = [[row in gold_rows[index] for row in found_rows[index]] for index in known]
+    texts = [[passages[row] if row >= 0 else None for row in some] for some in found_rows]
+    by_string = [
+        [bool(text) and contains_answer(f"{text['title']} {text['text']}", gold) for text in some]
+        for some, gold in zip(texts, golds, strict=True)
+    ]
+    metrics = {
+        **_mean_scores([answer.text for answer in answers], golds, ""),
+        **{f"recall_at_{k}": recall_at(by_id, k) for k in RECALL_DEPTHS},
+        **{f"answer_recall_at_{k}": recall_at(by_string, k) for k in RECALL_DEPTHS},
+        **_mean_scores([oracle[index].text for index in known], [golds[index] for index in known], "oracle_"),
+        **_mean_scores([answer.text for answer in closed], golds, "closed_book_"),
+        "questions": len(questions),
+        "questions_with_gold_passage": len(known),
+        "n_docs": rag.n_docs,
+        "passages": len(passages),
+        "questions_per_second": len(questions) / seconds,
+    }
+    predictions = [
+        {
+            "id": questions[index]["id"],
+            "question": questions[index]["question"],
+            "answers": golds[index],
+            "prediction": given.text,
+            "em": scoring.exact_match(given.text, golds[index]),
+            "f1": scoring.f1(given.text, golds[index]),
+            "log_prob": given.log_prob,
+            "passages": passages_of(given, prior[index], texts[index][: rag.n_docs]),
+        }
+        for index, given in enumerate(answers)
+    ]
+    return metrics, predictions
+
+
+def passages_of(given: Answer, prior: Tensor, texts: list[dict | None]) -> list[dict]:
+    """Each retrieved passage of one answer with its prior p(z|x) and posterior p(z|x, y)."""
+    posterior = torch.tensor(given.doc_log_probs).softmax(0).tolist()
+    return [
+        {"id": text["id"], "title": text["title"], "prior": before, "posterior": after}
+        for text, before, after in zip(texts, prior.exp().tolist(), posterior, strict=True)
+        if text is not None
+    ]
+
+
+def _mean_scores(predictions: list[str], golds: list[list[str]], prefix: str) -> dict[str, float]:
+    count = max(1, len(predictions))
+    pairs = list(zip(predictions, golds, strict=True))
+    return {
+        f"{prefix}em": 100.0 * sum(scoring.exact_match(*pair) for pair in pairs) / count,
+        f"{prefix}f1": 100.0 * sum(scoring.f1(*pair) for pair in pairs) / count,
+    }

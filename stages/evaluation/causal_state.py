@@ -1,0 +1,81 @@
+"""A decoder-only generator that writes token by token: prompts are read once, answers follow them in the library's cache."""
+
+import copy
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import LongTensor, Tensor
+from transformers import Cache
+
+from stages.generation.causal import Causal, Prompts
+
+
+@dataclass
+class CausalState:
+    """Where R hypotheses stand. The cache's slots are `prompt` slots of prompts, padded on the left, then answers."""
+
+    generator: Causal
+    cache: Cache
+    mask: Tensor  # [R, slots], 1 at real tokens
+    positions: Tensor  # [R], of the next token
+    prompt: int
+    logits: Tensor  # [R, V] of the answer's first token
+
+    @classmethod
+    def of(cls, generator: Causal, contexts: Prompts) -> "CausalState":
+        """Reads the prompts, once. They move to the right end of the cache's slots, so that answers follow directly."""
+        length, width = contexts.mask.sum(1, keepdim=True), contexts.ids.shape[1]
+        place = torch.arange(width, device=length.device) - (width - length)
+        ids = contexts.ids.gather(1, place.clamp(min=0)).masked_fill(place < 0, generator.pad_token_id)
+        mask = (place >= 0).long()
+        last = torch.full_like(length, width - 1)
+        output = generator.forward(
+            last, input_ids=ids, attention_mask=mask, use_cache=True, **_placed(generator, place.clamp(min=0))
+        )
+        return cls(generator, output.past_key_values, mask, length.squeeze(1), width, output.logits[:, 0])
+
+    def first(self) -> Tensor:
+        """log p of the answer's first token, fp32 [R, V]."""
+        return self.logits.float().log_softmax(-1)
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        """Feeds `tokens` [R, n]; the logits [R, n, V] after each of them."""
+        self.mask = torch.cat([self.mask, torch.ones_like(tokens)], dim=1)
+        positions = self.positions[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        output = self.generator.forward(
+            None, input_ids=tokens, attention_mask=self.mask, past_key_values=self.cache, use_cache=True,
+            **_placed(self.generator, positions),
+        )  # fmt: skip
+        self.cache, self.positions = output.past_key_values, self.positions + tokens.shape[1]
+        return output.logits
+
+    def reorder(self, rows: LongTensor) -> None:
+        """Row r goes on from the hypothesis of row `rows[r]`, which must stand on the same context.
+
+        So the prompts' keys and values, by far the larger part, need not move.
+        """
+        for layer in self.cache.layers:
+            if layer.is_sliding:  # its first slots may be gone
+                layer.batch_select_indices(rows)
+            else:
+                # In place: `fork` and the last token's `update` made tensors of this state's own.
+                for kept in (layer.keys, layer.values):
+                    kept[:, :, self.prompt :] = kept[rows, :, self.prompt :]
+
+    def fork(self, rows: LongTensor) -> "CausalState":
+        """A new state of the given rows, also repeated ones; the old state stays as it is.
+
+        Keys and values of the prompts are copied, not computed again.
+        """
+        # batch_select_indices replaces tensors, it writes into none: shallow copies of layers are enough.
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in cache.layers]
+        cache.batch_select_indices(rows)
+        return CausalState(self.generator, cache, self.mask[rows], self.positions[rows], self.prompt, self.logits[rows])
+
+
+def _placed(generator: Causal, positions: Tensor) -> dict[str, Tensor]:
+    # Models without the argument (ALiBi) take positions from the mask.
+    known = inspect.signature(generator.model.forward).parameters
+    return {"position_ids": positions} if "position_ids" in known else {}

@@ -1,0 +1,266 @@
+"""Answers from a generator and retrieved passages: RAG-Sequence and RAG-Token, batched over questions.
+
+Lewis et al. 2020 (arXiv:2005.11401), section 2.5. For a question x, passages z and an answer y with its EOS,
+RAG-Sequence maximises log sum_z p(z|x) prod_t p(y_t | y_<t, x, z),
+RAG-Token maximises sum_t log sum_z p(z|x) p(y_t | y_<t, x, z).
+Scores are plain sums of log-probabilities: there is no length penalty.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import LongTensor, Tensor
+
+from stages.evaluation.states import State, next_token, start
+from stages.generation.generator import Generator
+
+# Most logits to hold at once while candidates are rescored: 2**28 are 1 GB in fp32.
+LOGITS_AT_ONCE = 2**28
+
+
+@dataclass
+class Answer:
+    """One generated answer.
+
+    `log_prob` is what the answer was chosen by: its marginal log p(y|x), in fast decoding without the
+    passages that did not generate it. `doc_log_probs[z]` is log p(z|x) + log p(y|x,z), so its softmax is the
+    posterior of the passages; -inf for a missing passage and, in fast decoding, for one that did not generate
+    the answer. `finished` is False where the answer fills max_answer_tokens: EOS was forced and the text may
+    be cut off.
+    """
+
+    text: str
+    token_ids: list[int]  # without EOS
+    log_prob: float
+    doc_log_probs: list[float]
+    finished: bool
+
+
+@torch.no_grad()
+def generate(
+    generator: Generator,
+    input_ids: LongTensor,
+    attention_mask: Tensor,
+    log_prior: Tensor,
+    *,
+    num_beams: int,
+    max_answer_tokens: int,
+    decoding: str,
+    marginalization: str,
+) -> list[Answer]:
+    """The best answer to each of B questions.
+
+    `input_ids` and `attention_mask` [B, K, L] are the contexts of K passages. `log_prior` [B, K] is log
+    p(z|x), -inf for a missing passage; a question has at least one. `max_answer_tokens` counts EOS; what
+    gets so long must end with EOS there, and pays for it. One beam is greedy search.
+
+    `marginalization` "sequence": a beam search per passage finds candidates. `decoding` "thorough" then
+    scores each under every passage; "fast" lets a passage speak only for what it generated itself.
+    `marginalization` "token": one beam search per question over the marginal distribution of the next token,
+    where `decoding` makes no difference.
+
+    ValueError where the generator's probabilities are not finite.
+    """
+    assert decoding in ("thorough", "fast") and marginalization in ("sequence", "token")
+    assert num_beams >= 1 and max_answer_tokens >= 1
+    assert not generator.model.training, "dropout would blur the probabilities: call .eval() first"
+    n_docs = input_ids.shape[1]
+    log_prior = log_prior.float()
+    priors = log_prior.tolist()
+    assert all(max(prior) > -math.inf for prior in priors), "a question without any passage"
+
+    contexts = generator.encode(input_ids.flatten(0, 1), attention_mask.flatten(0, 1))
+    state = start(generator, contexts)
+    first = state.first()
+    if marginalization == "token":
+        beams = _beam_search(generator, state, first, log_prior, num_beams, max_answer_tokens)
+        log_likelihoods = [{max(found, key=found.get): [None] * n_docs} for found in beams]
+        _complete(generator, state, first, log_likelihoods, priors)
+    else:
+        # Within one passage the prior changes no order; what is left of it is whether the passage is there.
+        present = torch.zeros_like(log_prior).masked_fill(log_prior == -math.inf, -math.inf).view(-1, 1)
+        beams = _beam_search(generator, state, first, present, num_beams, max_answer_tokens)
+        by_question = [beams[row : row + n_docs] for row in range(0, len(beams), n_docs)]
+        # Equal candidates fall together in a dict, which unlike a set keeps their order from run to run.
+        log_likelihoods = [
+            {
+                tokens: [found.get(tokens) for found in docs]
+                for tokens in {tokens: None for found in docs for tokens in found}
+            }
+            for docs in by_question
+        ]
+        if decoding == "thorough":
+            _complete(generator, state, first, log_likelihoods, priors)
+
+    answers = []
+    for question, prior in enumerate(priors):
+        joint = {
+            tokens: [-math.inf if p == -math.inf or q is None else p + q for p, q in zip(prior, per_doc, strict=True)]
+            for tokens, per_doc in log_likelihoods[question].items()
+        }
+        if marginalization == "token":
+            scores = beams[question]
+        else:
+            scores = {tokens: _logsumexp(per_doc) for tokens, per_doc in joint.items()}
+        best = max(joint, key=scores.get)
+        ids, finished = list(best[:-1]), len(best) < max_answer_tokens
+        answers.append(Answer(generator.decode(ids), ids, scores[best], joint[best], finished))
+    return answers
+
+
+def _beam_search(
+    generator: Generator,
+    state: State,
+    first: Tensor,
+    log_prior: Tensor,
+    num_beams: int,
+    max_answer_tokens: int,
+) -> list[dict[tuple[int, ...], float]]:
+    """Finished hypotheses of G groups over D documents each: per group {tokens with EOS: score}, best first.
+
+    `first` [G * D, V] are the log-probabilities after the prefix, `state` stands there; `log_prior` [G, D].
+    The documents of a group share its hypotheses. The rules are transformers': of the 2 * num_beams best
+    continuations, EOS ends a hypothesis where it is among the first num_beams, and the best others live on.
+    A group without any document finds nothing.
+    """
+    groups, docs = log_prior.shape
+    vocab, eos, device = first.shape[-1], generator.eos_token_id, first.device
+    has_document = (log_prior > -math.inf).any(1)
+
+    def marginal(log_probs: Tensor) -> Tensor:  # [G * beams * D, V] -> [G, beams, V]
+        joint = log_probs.view(len(log_prior), -1, docs, vocab) + log_prior[:, None, :, None]
+        # Not left to the sum: what the generator says to a missing passage may be NaN.
+        joint.masked_fill_(log_prior[:, None, :, None] == -math.inf, -math.inf)
+        return joint.squeeze(2) if docs == 1 else joint.logsumexp(2)
+
+    def pick(hypotheses: Tensor, beams: Tensor) -> Tensor:  # [G, n, T], [G, m] -> [G, m, T]
+        return hypotheses.gather(1, beams[..., None].expand(-1, -1, max_answer_tokens))
+
+    # Rows go by group, beam, document. A context's keys and values were computed once: its beams get copies.
+    doc = torch.arange(docs, device=device)
+    group = torch.arange(groups, device=device)[:, None, None]
+    state = state.fork((group * docs + doc).expand(groups, num_beams, docs).flatten())
+    log_probs = marginal(first).expand(groups, num_beams, vocab)
+    live_scores = torch.full((groups, num_beams), -math.inf, device=device)
+    finished_scores = live_scores.clone()
+    live_scores[:, 0] = 0.0  # one beam at first, or every token would be found num_beams times
+    # What is not written yet is EOS, so a hypothesis that ends needs nothing appended.
+    live = torch.full((groups, num_beams, max_answer_tokens), eos, device=device)
+    finished = live.clone()
+    done = torch.zeros((groups, 1), dtype=torch.bool, device=device)
+    searched = torch.arange(groups, device=device)  # which groups the rows above are about
+    all_finished, all_scores = finished.clone(), finished_scores.clone()
+
+    for step in range(max_answer_tokens):
+        scores = live_scores[..., None] + log_probs
+        if step == max_answer_tokens - 1:
+            scores = scores.masked_fill(torch.arange(vocab, device=device) != eos, -math.inf)
+        best, index = scores.flatten(1).topk(2 * num_beams)
+        parent, token = index // vocab, index % vocab
+
+        # A group that is done takes no more, or a tie could make its answer depend on the rest of the batch.
+        ended = best.masked_fill((token != eos) | done, -math.inf)[:, :num_beams]
+        finished = torch.cat([finished, pick(live, parent[:, :num_beams])], dim=1)
+        finished_scores, order = torch.cat([finished_scores, ended], dim=1).topk(num_beams)
+        finished = pick(finished, order)
+
+        live_scores, order = best.masked_fill(token == eos, -math.inf).topk(num_beams)
+        parent, token = parent.gather(1, order), token.gather(1, order)
+        live = pick(live, parent)
+        live[:, :, step] = token
+        # Scores only fall, so what is behind the worst finished hypothesis stays behind it.
+        done = live_scores[:, :1] <= finished_scores[:, -1:]
+        waiting = int((~done).sum())
+        if waiting == 0:
+            break
+        rows = (group[: len(searched)] * num_beams + parent[..., None]) * docs + doc
+        if waiting <= len(searched) // 2:
+            # Half of the rows decode for nothing: go on without the groups that are done.
+            all_finished[searched], all_scores[searched] = finished, finished_scores
+            left = torch.nonzero(~done[:, 0]).flatten()
+            state = state.fork(rows[left].flatten())
+            searched, log_prior, done, token = searched[left], log_prior[left], done[left], token[left]
+            live, live_scores = live[left], live_scores[left]
+            finished, finished_scores = finished[left], finished_scores[left]
+        elif num_beams > 1:
+            state.reorder(rows.flatten())
+        log_probs = marginal(next_token(state, token.repeat_interleave(docs, dim=1).flatten()))
+
+    all_finished[searched], all_scores[searched] = finished, finished_scores
+    if not (all_scores[:, 0] > -math.inf)[has_document].all():
+        raise ValueError("the generator's probabilities are not finite: check its weights or use fp32")
+    return [
+        {tuple(ids[: ids.index(eos) + 1]): p for ids, p in zip(rows, scores, strict=True) if p > -math.inf}
+        for rows, scores in zip(all_finished.tolist(), all_scores.tolist(), strict=True)
+    ]
+
+
+def _complete(
+    generator: Generator, state: State, first: Tensor, log_likelihoods: list[dict], priors: list[list[float]]
+) -> None:
+    """Fills in, for B questions, log p(y|x,z) (None: not known yet) of every candidate that can have the best marginal.
+
+    `log_likelihoods` holds a list over passages for each candidate (tokens with EOS). Candidates are scored under their
+    likeliest unknown passage first. What is unknown of a marginal is at most the prior of those passages, so a candidate
+    whose bound falls below another's certain part cannot win and is taken out: no approximation, and most never meet
+    most passages.
+    """
+    n_docs = len(priors[0])
+    while True:
+        pairs = []
+        for question, (scores, prior) in enumerate(zip(log_likelihoods, priors, strict=True)):
+            certain, possible = {}, {}
+            for tokens, per_doc in scores.items():
+                known = [p + q for p, q in zip(prior, per_doc, strict=True) if q is not None and p > -math.inf]
+                unknown = [p for p, q in zip(prior, per_doc, strict=True) if q is None]
+                certain[tokens] = _logsumexp(known or [-math.inf])
+                possible[tokens] = _logsumexp(known + unknown)
+            # The slack leaves to the full sums what only rounding separates.
+            threshold = max(certain.values()) - 1e-3
+            for tokens in [tokens for tokens in scores if possible[tokens] < threshold]:
+                del scores[tokens]
+            for tokens, per_doc in scores.items():
+                waiting = [doc for doc in range(n_docs) if per_doc[doc] is None and prior[doc] > -math.inf]
+                # The winner, once it is alone, needs all its shares; rivals meet their likeliest passage.
+                chosen = waiting if len(scores) == 1 else [max(waiting, key=prior.__getitem__)] if waiting else []
+                pairs += [(question, tokens, doc) for doc in chosen]
+        if not pairs:
+            return
+        pairs.sort(key=lambda pair: len(pair[1]))  # alike lengths together, for little padding
+        rows = [question * n_docs + doc for question, _, doc in pairs]
+        scored = _score(generator, state, first, rows, [tokens for _, tokens, _ in pairs])
+        for (question, tokens, doc), log_prob in zip(pairs, scored, strict=True):
+            log_likelihoods[question][tokens][doc] = log_prob
+
+
+def _score(
+    generator: Generator, state: State, first: Tensor, rows: list[int], answers: list[tuple[int, ...]]
+) -> list[float]:
+    """log p(y|x,z) of answers (tokens with EOS, shortest first) under the contexts `rows`.
+
+    `state` and `first` [R, V] as in `_beam_search`: the contexts' keys and values are used again.
+    """
+    # No more rows than the contexts, so that the caches need little more memory than theirs.
+    at_once = max(1, min(len(first), LOGITS_AT_ONCE // (len(answers[-1]) * first.shape[-1])))
+    scores = []
+    for begin in range(0, len(rows), at_once):
+        chunk = answers[begin : begin + at_once]
+        chosen = torch.tensor(rows[begin : begin + at_once], device=first.device)
+        width = len(chunk[-1])
+        padded = [tokens + (generator.eos_token_id,) * (width - len(tokens)) for tokens in chunk]
+        targets = torch.tensor(padded, device=first.device)
+        lengths = torch.tensor([len(tokens) for tokens in chunk], device=first.device)
+        log_probs = first[chosen, targets[:, 0]][:, None]
+        if width > 1:
+            logits = state.fork(chosen).advance(targets[:, :-1]).float()
+            later = logits.gather(2, targets[:, 1:, None]).squeeze(2) - logits.logsumexp(-1)
+            log_probs = torch.cat([log_probs, later], dim=1)
+        padding = torch.arange(width, device=first.device) >= lengths[:, None]
+        scores += log_probs.masked_fill(padding, 0.0).sum(1).tolist()
+    return scores
+
+
+def _logsumexp(values: list[float]) -> float:
+    top = max(values)
+    return top + math.log(sum(math.exp(value - top) for value in values)) if top > -math.inf else top

@@ -1,0 +1,41 @@
+"""Where hypotheses stand while an answer is written: one state for each family of generators, one way to use them all."""
+
+from typing import Any, Protocol
+
+from torch import LongTensor, Tensor
+
+from stages.evaluation.bart_decoder import BartState
+from stages.evaluation.causal_state import CausalState
+from stages.evaluation.seq2seq_state import Seq2SeqState
+from stages.generation.causal import Causal
+from stages.generation.generator import Generator
+
+
+class State(Protocol):
+    """R hypotheses, each on a context that was read once. V words."""
+
+    def first(self) -> Tensor:
+        """log p of the answer's first token, fp32 [R, V]; called once, before `advance`."""
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        """Feed `tokens` [R, n]; the logits [R, n, V] after each of them. The state moves n tokens on."""
+
+    def reorder(self, rows: LongTensor) -> None:
+        """Row r goes on from the hypothesis of row `rows[r]`, which must stand on the same context."""
+
+    def fork(self, rows: LongTensor) -> "State":
+        """A new state of the given rows, also repeated ones; the old state stays as it is."""
+
+
+def start(generator: Generator, contexts: Any) -> State:
+    """A state before the answer's first token, on what `generator.encode` made of the contexts."""
+    if isinstance(generator, Causal):
+        return CausalState.of(generator, contexts)
+    if generator.model.config.model_type == "bart":
+        return BartState(generator.model, contexts.states, contexts.mask, generator.decoder_prefix)
+    return Seq2SeqState(generator, contexts)
+
+
+def next_token(state: State, tokens: Tensor) -> Tensor:
+    """Feed `tokens` [R], one a hypothesis; log p of the next, fp32 [R, V]."""
+    return state.advance(tokens[:, None])[:, -1].float().log_softmax(-1)

@@ -1,0 +1,1 @@
+"""Generators: their text, their likelihood, the marginal over passages."""

@@ -1,0 +1,163 @@
+"""BART without padding: contexts and answers run through its layers packed (packing.py).
+
+The modules and weights are the library's (transformers.models.bart.modeling_bart); only the way from layer to layer is
+written here, because theirs goes over padded rows.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from stages.generation import marginalization
+from stages.packed.cuda_graphs import CudaGraphs
+from stages.packed.packing import PackedAnswers, Packing, attention
+
+# Most logits to hold at once in the loss: 2**24 are 64 MB in fp32. More are computed again in the backward pass.
+LOGITS_AT_ONCE = 2**24
+
+
+def _attend(module: nn.Module, asking_states: Tensor, asked_states: Tensor, asking, asked, causal=False) -> Tensor:
+    query, key, value = (
+        project(states).unflatten(-1, (module.num_heads, -1))
+        for project, states in (
+            (module.q_proj, asking_states),
+            (module.k_proj, asked_states),
+            (module.v_proj, asked_states),
+        )
+    )
+    mixed = attention(query, key, value, asking, asked, module.dropout if module.training else 0.0, causal)
+    return module.out_proj(mixed.flatten(1))
+
+
+def _feed_forward(layer: nn.Module, states: Tensor) -> Tensor:
+    inner = layer.activation_fn(layer.fc1(states))
+    return layer.fc2(F.dropout(inner, layer.activation_dropout, layer.training))
+
+
+def encoder_layer(layer: nn.Module, states: Tensor, tokens: Packing) -> Tensor:
+    """One layer of BartEncoder over packed states [tokens, H]."""
+    mixed = _attend(layer.self_attn, states, states, tokens, tokens)
+    states = layer.self_attn_layer_norm(states + F.dropout(mixed, layer.dropout, layer.training))
+    inner = _feed_forward(layer, states)
+    return layer.final_layer_norm(states + F.dropout(inner, layer.dropout, layer.training))
+
+
+def decoder_layer(layer: nn.Module, states: Tensor, contexts: Tensor, answers: Packing, tokens: Packing) -> Tensor:
+    """One layer of BartDecoder over packed answers [answer tokens, H], each row reading the context of its number."""
+    mixed = _attend(layer.self_attn, states, states, answers, answers, causal=True)
+    states = layer.self_attn_layer_norm(states + F.dropout(mixed, layer.dropout, layer.training))
+    mixed = _attend(layer.encoder_attn, states, contexts, answers, tokens)
+    states = layer.encoder_attn_layer_norm(states + F.dropout(mixed, layer.dropout, layer.training))
+    inner = _feed_forward(layer, states)
+    return layer.final_layer_norm(states + F.dropout(inner, layer.dropout, layer.training))
+
+
+class PackedBart:
+    """The likelihood of answers under contexts by a BartForConditionalGeneration, without padding anywhere.
+
+    `prefix` is the one token that its decoder starts from.
+    """
+
+    def __init__(self, model: nn.Module, prefix: int):
+        self.model, self.prefix = model, prefix
+        self.encoder_layer, self.decoder_layer = encoder_layer, decoder_layer
+        self.graphs: CudaGraphs | None = None
+
+    def compile(self) -> None:
+        """Fuses what lies between matrix products. One graph serves all layers of a kind and any number of tokens."""
+        self.encoder_layer = torch.compile(encoder_layer, dynamic=True)
+        self.decoder_layer = torch.compile(decoder_layer, dynamic=True)
+
+    @staticmethod
+    def fits(config) -> bool:
+        """Whether a model of this configuration can be packed: BART without LayerDrop."""
+        return config.model_type == "bart" and not config.encoder_layerdrop and not config.decoder_layerdrop
+
+    def token_log_probs(
+        self, input_ids: Tensor, attention_mask: Tensor, targets: Tensor, target_mask: Tensor,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:  # fmt: skip
+        """log p(target) [R, T] in fp32 under contexts [R, L], zero where `target_mask` [R, T] is false.
+
+        Only real answer positions reach the decoder and the vocabulary.
+        """
+        # Both before anything is computed with them: the host waits for the device here and nowhere below.
+        tokens, answers = Packing.of(attention_mask), Packing.of(target_mask)
+        read = F.pad(targets[:, :-1], (1, 0), value=self.prefix)
+        packed = PackedAnswers(tokens.pack(input_ids), tokens, answers.pack(read), answers.pack(targets), answers)
+        run = self.graphs or self.log_probs
+        return answers.unpack(run(packed, label_smoothing))
+
+    def log_probs(self, packed: PackedAnswers, label_smoothing: float) -> Tensor:
+        """log p [answers] of each answer token, in fp32."""
+        tokens, answers = packed.tokens, packed.answers
+        contexts = self.contexts(packed.ids, tokens)
+        states = self._embed(self.model.model.decoder, packed.read, answers)
+        for layer in self.model.model.decoder.layers:
+            states = self._through(self.decoder_layer, layer, states, contexts, answers, tokens)
+        return self._score(states, packed.targets, label_smoothing)
+
+    def contexts(self, ids: Tensor, tokens: Packing) -> Tensor:
+        """The encoder's states [tokens, H] of packed contexts."""
+        states = self._embed(self.model.model.encoder, ids, tokens)
+        for layer in self.model.model.encoder.layers:
+            states = self._through(self.encoder_layer, layer, states, tokens)
+        return states
+
+    def _through(self, run: Callable, layer: nn.Module, *inputs) -> Tensor:
+        if self.model.model.encoder.gradient_checkpointing and self.model.training:
+            return checkpoint(run, layer, *inputs, use_reentrant=False)
+        return run(layer, *inputs)
+
+    @staticmethod
+    def _embed(stack: nn.Module, ids: Tensor, packing: Packing) -> Tensor:
+        position = F.embedding(packing.positions + stack.embed_positions.offset, stack.embed_positions.weight)
+        states = stack.layernorm_embedding(stack.embed_tokens(ids) + position)
+        return F.dropout(states, stack.dropout, stack.training)
+
+    def _score(self, states: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+        vocab = self.model.config.vocab_size
+        head, bias = self._head(states)
+
+        def score(states: Tensor, targets: Tensor) -> Tensor:
+            logits = head(states) + bias
+            if label_smoothing:
+                logits = logits[:, :vocab]
+            return marginalization.token_log_probs(logits[None, None], targets[None], label_smoothing)[0, 0]
+
+        rows = max(1, LOGITS_AT_ONCE // vocab)
+        if len(states) <= rows:
+            return score(states, targets)
+        return torch.cat(
+            [
+                checkpoint(score, *pair, use_reentrant=False, preserve_rng_state=False)
+                for pair in zip(states.split(rows), targets.split(rows), strict=True)
+            ]
+        )
+
+    def _head(self, states: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """The projection to the vocabulary and its bias, for all pieces of the loss; on a GPU cast once and in rows of 8."""
+        head, bias = self.model.lm_head, self.model.final_logits_bias[0]
+        if not states.is_cuda or type(head) is not nn.Linear:  # an adapter's module is more than its weights
+            return head, bias
+        weight = head.weight
+        if torch.is_autocast_enabled("cuda"):
+            weight = weight.to(torch.get_autocast_dtype("cuda"))
+        weight, bias = in_rows_of_8(weight, bias)
+        return partial(F.linear, weight=weight), bias
+
+
+def in_rows_of_8(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [V, H] and bias [V] of the projection to the vocabulary, filled up by impossible words to a multiple of 8.
+
+    Their logits are -inf: behind V, no log p and no gradient changes. A GPU's matrix products are several times slower
+    where the vocabulary's size is odd, as BART's is.
+    """
+    missing = -len(weight) % 8
+    if not missing:
+        return weight, bias
+    return F.pad(weight, (0, 0, 0, missing)), F.pad(bias, (0, missing), value=float("-inf"))

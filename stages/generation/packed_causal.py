@@ -1,0 +1,111 @@
+"""Decoder-only models without padding: prompts with their answers side by side in one row (packing.py).
+
+The library's own forward pass runs over that row; only its attention is ours, through its registry of attention
+functions (transformers.AttentionInterface), so that every family keeps its own layers, scalings and positions.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from stages.generation import marginalization
+from stages.generation.causal import Causal
+from stages.packed.cuda_graphs import CudaGraphs
+from stages.packed.packing import PackedAnswers, Packing, attention
+
+# Their layers hand what they do not know on to the attention function, and read nothing but positions besides.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+NAME = "packed"
+
+
+def packed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    packing: Packing | None = None, scaling: float | None = None, dropout: float = 0.0, **others,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Causal attention [1, tokens, heads, d] inside the rows of `packing`; without one, torch's over padded rows."""
+    if packing is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
+        )
+    if scaling is not None:
+        query = query * (scaling * query.shape[-1] ** 0.5)  # the kernel divides by the square root itself
+    shared = query.shape[1] // key.shape[1]
+    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
+    if shared > 1:  # heads that share keys and values
+        key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
+    return attention(query, key, value, packing, packing, dropout, causal=True)[None], None
+
+
+AttentionInterface.register(NAME, packed_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+class PackedCausal:
+    """The likelihood of answers under prompts by a decoder-only model, without padding anywhere."""
+
+    def __init__(self, generator: Causal):
+        self.model = generator.model
+        self.model.set_attn_implementation(NAME)
+        self.graphs: CudaGraphs | None = None
+
+    def compile(self) -> None:
+        """Fuses what lies between matrix products; one graph serves all layers and any number of tokens."""
+        for layer in self.model.get_decoder().layers:
+            layer.compile(dynamic=True)
+
+    @staticmethod
+    def fits(config) -> bool:
+        """Whether a model of this configuration can be packed: one of FAMILIES whose layers all see everything."""
+        return (
+            config.model_type in FAMILIES
+            and set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
+            and (config.model_type != "mistral" or config.sliding_window is None)
+        )
+
+    def token_log_probs(
+        self, input_ids: Tensor, attention_mask: Tensor, targets: Tensor, target_mask: Tensor,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:  # fmt: skip
+        """log p(target) [R, T] in fp32 under prompts [R, L], zero where `target_mask` [R, T] is false.
+
+        Only positions that predict a real answer token reach the vocabulary.
+        """
+        prompts, answers = attention_mask.sum(1, keepdim=True), target_mask.sum(1, keepdim=True)
+        fed = targets.shape[1] - 1  # the last token is predicted, not read
+        ids = F.pad(input_ids, (0, fed))
+        place = torch.arange(ids.shape[1], device=ids.device) - prompts
+        if fed:
+            ids = torch.where(place < 0, ids, targets.gather(1, place.clamp(0, fed - 1)))
+        # Both before anything is computed with them: the host waits for the device here and nowhere below.
+        tokens, scored = Packing.of(place < answers - 1), Packing.of(target_mask)
+        row = scored.index // scored.width
+        predicting = tokens.offsets[row] + prompts[row, 0] - 1 + scored.positions
+        packed = PackedAnswers(tokens.pack(ids), tokens, predicting, scored.pack(targets), scored)
+        run = self.graphs or self.log_probs
+        return scored.unpack(run(packed, label_smoothing))
+
+    def log_probs(self, packed: PackedAnswers, label_smoothing: float) -> Tensor:
+        """log p [answers] of each answer token, in fp32."""
+        logits = self._logits(packed.ids, packed.tokens, packed.read)
+        return marginalization.token_log_probs(logits[None], packed.targets[None], label_smoothing)[0, 0]
+
+    def _logits(self, ids: Tensor, tokens: Packing, predicting: Tensor) -> Tensor:
+        """[1, predicting, V], by the whole model, so that its scalings and caps stay the library's."""
+
+        def select(_, arguments):
+            states, *others = arguments
+            return states[:, predicting], *others
+
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(select)
+        # A mask of four dimensions is handed on as it is; our attention needs none, and one over all tokens is huge.
+        unused = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=ids.device)
+        try:
+            return self.model(
+                input_ids=ids[None], position_ids=tokens.positions[None], attention_mask=unused, packing=tokens,
+                use_cache=False,
+            ).logits  # fmt: skip
+        finally:
+            hook.remove()

@@ -1,0 +1,85 @@
+"""A generator's tokenizer, and text to token ids and back as every family of generators does it.
+
+No model is needed here: passages are tokenized before any is loaded.
+"""
+
+import struct
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import BoolTensor, LongTensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+
+def load_tokenizer(path_or_name: str) -> PreTrainedTokenizerBase:
+    """A generator's tokenizer alone, for tokenizing passages ahead of training. ValueError where there is none.
+
+    That of a GGUF file is the one beside it in its folder, where there is one, else its own.
+    """
+    source, gguf = source_of(path_or_name)
+    if gguf and (Path(source) / "tokenizer.json").is_file():
+        gguf = {}
+    tokenizer = from_pretrained(AutoTokenizer, source, path_or_name, **gguf)
+    # transformers 5 makes up a tokenizer of special tokens where there is no vocabulary, without a word.
+    folder, files = Path(source), sorted(set(tokenizer.vocab_files_names.values()))
+    if not gguf and folder.is_dir() and files and not any((folder / file).is_file() for file in files):
+        raise ValueError(f"models.generator: {path_or_name} has no tokenizer: none of {', '.join(files)}")
+    return tokenizer
+
+
+def source_of(path_or_name: str) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` takes: a folder or hub name and, for GGUF (also a folder of one such file), its file."""
+    path = Path(path_or_name)
+    if path.suffix == ".gguf":
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir() and not (path / "config.json").is_file():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) > 1:
+            raise ValueError(f"models.generator: {path_or_name} holds {len(files)} GGUF files; name one of them")
+        if files:
+            return str(path), {"gguf_file": files[0].name}
+    return path_or_name, {}
+
+
+def from_pretrained(auto_class, source: str, named: str, **options):
+    try:
+        return auto_class.from_pretrained(source, trust_remote_code=False, **options)
+    except (OSError, ValueError, ImportError, LookupError, struct.error, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        if reason.startswith("Couldn't instantiate the backend tokenizer"):
+            reason = "it has no tokenizer"
+        raise ValueError(f"models.generator: {named} cannot be loaded: {reason}") from error
+
+
+def token_rows(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text without special tokens."""
+    # verbose=False: lengths are cut by the caller, the tokenizer need not warn about them.
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+
+def passage_tokens(tokenizer: PreTrainedTokenizerBase, titles: list[str], texts: list[str]) -> list[list[int]]:
+    """Token ids of "title / text" without special tokens, the first part of transformers' RAG layout."""
+    return token_rows(tokenizer, [f"{title} / {text}" for title, text in zip(titles, texts, strict=True)])
+
+
+def padded_targets(
+    answers: list[list[int]], eos: int, pad: int, max_answer_tokens: int
+) -> tuple[LongTensor, BoolTensor]:
+    """Targets [B, T] and their mask [B, T], True at an answer and its EOS; T <= max_answer_tokens.
+
+    A long answer loses its end, never its EOS.
+    """
+    assert answers and max_answer_tokens >= 1
+    rows = [ids[: max_answer_tokens - 1] + [eos] for ids in answers]
+    targets = torch.full((len(rows), max(map(len, rows))), pad)
+    mask = torch.zeros_like(targets, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        targets[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = True
+    return targets, mask
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
+    """The text of one answer, without special tokens and surrounding blanks."""
+    return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()

@@ -1,0 +1,1 @@
+"""How a stage runs on this machine: entry points, devices, several processes, signals. Changes no result."""

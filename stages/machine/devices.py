@@ -1,0 +1,47 @@
+"""The device that a stage computes on, and its number of CPU threads."""
+
+import os
+
+from stages.machine import launching
+from stages.params import Runtime
+
+
+def prepare_torch(runtime: Runtime):
+    """The torch device to compute on, with torch's threads set; raises ValueError for a GPU that is not there."""
+    # Read when the GPU's memory is first asked for. Without it, blocks of one batch's size do not serve the next larger.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the name of old
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    import torch
+
+    if runtime.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("runtime.device: cuda, but torch finds no usable GPU; use auto or cpu")
+    use_cuda = runtime.device == "cuda" or (runtime.device == "auto" and torch.cuda.is_available())
+    torch.set_num_threads(runtime.threads or free_cores())
+    torch.set_float32_matmul_precision("high")
+    # cuDNN's attention takes about 15 ms to plan each new shape, and here nearly every batch has one.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if not (use_cuda and launching.launched()):
+        return torch.device("cuda" if use_cuda else "cpu")
+    if launching.local_rank() >= torch.cuda.device_count():
+        raise ValueError(
+            f"{launching.ranks_on_this_host()} processes on this host, but torch finds {torch.cuda.device_count()} GPUs; "
+            "start as many (runtime.processes: 0), or use runtime.device: cpu"
+        )
+    device = torch.device("cuda", launching.local_rank())
+    torch.cuda.set_device(device)
+    return device
+
+
+def free_cores() -> int:
+    """Cores that nobody else is using right now, at least one; of several ranks on this host, a rank's part of them.
+
+    More threads than free cores is not a little slower but several times: every barrier waits for the contended one.
+    OMP_NUM_THREADS is an upper bound where it is set.
+    """
+    import psutil
+
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    busy = psutil.cpu_percent(interval=0.5, percpu=True)
+    free = sum(1 for core in allowed if core >= len(busy) or busy[core] < 60)
+    limit = int(os.environ.get("OMP_NUM_THREADS") or len(allowed))
+    return max(1, min(free // launching.ranks_on_this_host(), limit))

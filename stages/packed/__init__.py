@@ -1,0 +1,1 @@
+"""Rows without padding, and their passes as CUDA graphs."""

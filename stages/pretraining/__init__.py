@@ -1,0 +1,1 @@
+"""python -m stages.pretraining: makes the small base models of data/tiny."""

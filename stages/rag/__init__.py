@@ -1,0 +1,1 @@
+"""The RAG model: its batches, its likelihood, its folder."""

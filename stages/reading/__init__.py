@@ -1,0 +1,1 @@
+"""From a user's files, or the embedded sample, to questions and passages."""

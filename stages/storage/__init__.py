@@ -1,0 +1,1 @@
+"""Files that are whole or not there: manifests, checkpoints, what lies outside the pipeline."""

@@ -1,0 +1,67 @@
+"""Files that params.yaml names and that no stage makes: where they are, and what they hold as size and hash.
+
+Relative paths count from the folder of params.yaml. `dvc exp run --temp` and `--queue` run in a copy of the last commit,
+where files that git does not track are missing: there the path counts from $DVC_ROOT, the repository that the user sees.
+"""
+
+from pathlib import Path
+
+from stages.machine.entry import root_folder
+from stages.storage import manifest
+
+
+def find(name: str) -> Path:
+    """The path that a parameter names; one that exists nowhere (a hub name, for example) comes back as it is."""
+    path = Path(name).expanduser()
+    there = root_folder() / path
+    return there if not path.exists() and there.exists() else path
+
+
+def find_file(name: str, key: str) -> Path:
+    """The file that the parameter `key` names. Raises ValueError where there is none."""
+    path = find(name)
+    if path.is_dir():
+        raise ValueError(f"{key}: {name} is a folder; name a file in it")
+    _check(path, name, key)
+    return path
+
+
+def describe(name: str, key: str) -> dict:
+    """What is behind a path: {path: {bytes, sha256}} for a file, the same for every file of a folder.
+
+    Raises ValueError where nothing is there or where it cannot be read.
+    """
+    path = find(name)
+    _check(path, name, key)
+    files = [path]
+    if path.is_dir():
+        inside = (file for file in path.rglob("*") if file.is_file())
+        files = sorted(file for file in inside if not any(part[0] == "." for part in file.relative_to(path).parts))
+    try:
+        return {str(Path(name) / file.relative_to(path)): _fingerprint(file) for file in files}
+    except OSError as error:
+        raise ValueError(f"{key}: {error.filename} cannot be read: {error.strerror}") from None
+
+
+def describe_model(name: str, key: str) -> dict:
+    """As `describe` for a model's folder; {name: "hub"} for what can only be a hub name.
+
+    A hub name has at most one slash. Raises ValueError for a path that leads nowhere.
+    """
+    if find(name).exists() or name.startswith((".", "/", "~", "data/")) or name.count("/") > 1:
+        return describe(name, key)
+    return {name: "hub"}
+
+
+def _check(path: Path, name: str, key: str) -> None:
+    if not path.exists():
+        raise ValueError(f"{key}: {name} not found; relative paths count from the folder of params.yaml")
+    if not path.is_dir() and not path.is_file():  # a pipe would be waited on for ever
+        raise ValueError(f"{key}: {name} is neither a file nor a folder")
+
+
+def _fingerprint(file: Path) -> dict:
+    """Size and hash; a large file's is that of its ends, and its size tells most changes between them."""
+    size = file.stat().st_size
+    kind = "sha256" if size <= manifest.WHOLE_FILE_LIMIT else "sha256_of_ends"
+    return {"bytes": size, kind: manifest.content_digest(file)}

@@ -1,0 +1,1 @@
+"""MLflow. Imports no other wing, and no other wing imports it or mlflow."""

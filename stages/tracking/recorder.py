@@ -1,0 +1,287 @@
+"""Recording a run without ever waiting for MLflow: the Tracker that a stage holds, and the thread behind it.
+
+Nothing here imports mlflow; stages/tracking/runs.py opens a Tracker, stages/tracking/mlflow_run.py makes the calls.
+"""
+
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from itertools import takewhile
+from pathlib import Path
+
+from stages.tracking import journal as journals
+from stages.tracking.journal import Journal, record, say
+
+REFUSALS = {  # error codes of MLflow after which the same call would fail again
+    "INVALID_PARAMETER_VALUE",
+    "RESOURCE_DOES_NOT_EXIST",
+    "RESOURCE_ALREADY_EXISTS",
+    "INVALID_STATE",
+    "ENDPOINT_NOT_FOUND",
+}
+
+
+def environment_tags(root: Path) -> dict[str, str]:
+    """Which code, which experiment, which machine: tags for the run.
+
+    root: the folder whose code runs. In a DVC temp run that is the current folder (the snapshot), not
+    root_folder(). Git's tags are left out outside of a repository, the branch also on a detached HEAD, which
+    `dvc exp run` makes; DVC's outside of DVC.
+    """
+
+    def git(*arguments: str) -> str | None:
+        try:
+            command = ["git", "-C", str(root), *arguments]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    tags = {
+        "mlflow.source.name": Path(sys.argv[0]).name,
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.git.commit": git("rev-parse", "--verify", "--quiet", "HEAD"),
+        "mlflow.source.git.branch": git("symbolic-ref", "--short", "--quiet", "HEAD"),
+        "git.dirty": None if changes is None else str(bool(changes)).lower(),
+        "dvc.exp_name": os.environ.get("DVC_EXP_NAME"),
+        "dvc.exp_baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV"),
+        "dvc.stage": os.environ.get("DVC_STAGE"),
+        "python": platform.python_version(),
+        "cpu_count": str(os.cpu_count()),
+    }
+    for package in ("torch", "transformers"):
+        with suppress(PackageNotFoundError):
+            tags[package] = version(package)
+    return {name: value for name, value in tags.items() if value}
+
+
+class Sender:
+    """Takes records off a journal, in order, and has `run` make MLflow calls of them; for one thread.
+
+    run: mlflow_run.MlflowRun, whose calls can all be made twice without a change: a record is sent twice where
+    the process dies between the call and the note of it.
+    """
+
+    def __init__(self, journal: Journal, run):
+        self.journal, self.run = journal, run
+        self.sent = self.refused = 0
+        self._attempts = 0
+
+    def send_next(self) -> bool:
+        """Sends some records. False: none is left. Raises what may be over at a later attempt."""
+        taken = self.journal.take()
+        if not taken:
+            return False
+        metrics = list(takewhile(lambda one: one[0].get("kind") in ("metrics", "system"), taken))
+        group = metrics or taken[:1]
+        try:
+            self.run.send([entry for entry, _ in group])
+        except Exception as error:
+            self._attempts += 1
+            if not self._is_refusal(error):
+                raise
+            for entry, _ in group:
+                self._send_alone(entry)
+        self._attempts = 0
+        self.sent += len(group)
+        self.journal.mark_sent(group)
+        return True
+
+    def _send_alone(self, entry: dict) -> None:
+        try:
+            self.run.send([entry])
+        except Exception as error:
+            if not self._is_refusal(error):
+                raise
+            self.refused += 1
+            if self.refused == 1:
+                say(f"MLflow refused a record of kind {entry.get('kind')} ({reason(error)}); it is left out")
+
+    def _is_refusal(self, error: Exception) -> bool:
+        """Whether another attempt would fail too, so that one bad record does not hold up all that follow."""
+        if not self.run.is_open:
+            return False
+        code = getattr(error, "error_code", None)
+        if code in REFUSALS or isinstance(error, FileNotFoundError | TypeError | ValueError | KeyError):
+            return True
+        # After several attempts, a server that is well otherwise says that it is the record.
+        return code != "TEMPORARILY_UNAVAILABLE" and self._attempts > 5 and self.run.is_well()
+
+
+class Tracker:
+    """An open run, made by tracking.open_run. No method raises, and only flush and close wait.
+
+    As a context manager it closes the run: FINISHED, KILLED (KeyboardInterrupt) or FAILED (other exceptions).
+    For one process: the main one of a distributed training.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        run,
+        opening: dict,
+        collectors: Sequence[type] = (),
+        system_metrics_seconds: float | None = None,
+    ):
+        self.journal, self._run, self._opening = journal, run, opening
+        self._news, self._closing, self._abandoned = threading.Event(), threading.Event(), threading.Event()
+        self._warned: set[str] = set()
+        self._put(opening)
+        self._thread = threading.Thread(target=self._send_all, name="tracking", daemon=True)
+        self._thread.start()
+        if system_metrics_seconds:
+            arguments = (collectors, system_metrics_seconds)
+            threading.Thread(target=self._sample, args=arguments, name="system-metrics", daemon=True).start()
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id of the run: the one given to open_run, or None, until the server has answered."""
+        return self._run.sessions.get(self._opening["session"], self._opening["run_id"])
+
+    def log_params(self, params: Mapping) -> None:
+        """Nested params, under dotted names. MLflow forbids to change a param that the run has already:
+        another value becomes the tag `changed.NAME`."""
+        self._put(lambda: journals.params_records(params))
+
+    def log_metrics(self, metrics: Mapping, step: int | None = None) -> None:
+        """Numbers at an optimizer step: what float() takes, NaN too; the rest is left out with a warning."""
+
+        def build():
+            entry, rejected = journals.metrics_record("metrics", metrics, step or 0)
+            if rejected:
+                self._warn(f"no number, so no metric: {', '.join(rejected)}")
+            return entry
+
+        self._put(build)
+
+    def set_tags(self, tags: Mapping) -> None:
+        self._put(lambda: journals.tags_record(tags))
+
+    def log_text(self, text: str, artifact_file: str) -> None:
+        self._put(lambda: record("text", text=str(text), file=journals.clean_path(artifact_file)))
+
+    def log_file(self, path: Path, artifact_path: str | None = None) -> None:
+        """A file or folder as an artifact. A small text is taken as it is now; all else must stay there."""
+        self._put(lambda: journals.file_record(path, artifact_path))
+
+    def log_table(self, rows: list[dict], artifact_file: str) -> None:
+        """Rows as a JSON table that MLflow's evaluation view shows; replaces an earlier one of that name."""
+        self._put(lambda: journals.table_record(rows, artifact_file))
+
+    def log_dataset(self, name: str, digest: str, source: str, context: str, profile: Mapping) -> None:
+        """A data set: its digest (36 characters of it), where it lies, e.g. {"rows": 8}. No data is sent."""
+        self._put(lambda: journals.dataset_record(name, digest, source, context, profile))
+
+    def register_checkpoint(self, name: str, path: Path, step: int, metrics: Mapping, params: Mapping) -> None:
+        """A checkpoint as a LoggedModel of MLflow whose tag `path` is the folder on disk; nothing is copied.
+
+        metrics go to the model and, as MLflow does it, to the run too. Same name and step: the same model.
+        """
+        self._put(lambda: journals.checkpoint_record(name, path, step, metrics, params))
+
+    def flush(self, timeout: float = 10.0) -> bool:
+        """Waits until MLflow has everything so far, at most `timeout` seconds. False: something is unsent."""
+        deadline = time.monotonic() + timeout
+        while self.journal.unsent():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
+
+    def close(self, status: str = "FINISHED", timeout: float = 30.0) -> None:
+        """Ends the run as FINISHED, FAILED or KILLED. Waits at most `timeout` seconds for MLflow to take the
+        rest. What it did not take stays in the journal, and one line says how to send it."""
+        if self._closing.is_set():
+            return
+        self._put(record("close", status=status))
+        self._closing.set()
+        self._news.set()
+        self._thread.join(timeout)
+        self._abandoned.set()
+        memory, path = len(self.journal.unwritten), self.journal.path
+        waiting = self.journal.unsent() - memory
+        if waiting > 0:
+            say(f"{waiting} records are unsent in {path}; send them with: python -m stages.tracking {path}")
+        if memory:
+            say(f"{memory} records are lost: neither MLflow nor {path} could take them")
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if kind is None:
+            self.close("FINISHED")
+        else:
+            self.close("KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
+
+    def _put(self, entry) -> None:
+        """entry: a record, or a function that makes one or a list of them and may fail."""
+        try:
+            made = entry() if callable(entry) else entry
+            for one in made if isinstance(made, list) else [made]:
+                self.journal.append(one)
+        except Exception as error:  # whatever is wrong with a value, the training is worth more than it
+            self._warn(f"not logged: {type(error).__name__}: {error}")
+        self._news.set()
+
+    def _warn(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            say(text)
+
+    def _send_all(self) -> None:
+        """The thread: sends what the journal has, waits for more, backs off while MLflow is away."""
+        sender = Sender(self.journal, self._run)
+        failures = failures_at_end = 0
+        while not self._abandoned.is_set():
+            try:
+                sent = sender.send_next()
+            except Exception as error:  # a server that is down shows itself in many exceptions
+                failures += 1
+                if failures == 2:
+                    say(f"MLflow does not answer ({reason(error)}); the training goes on, records wait")
+                failures_at_end += self._closing.is_set()
+                if failures_at_end == 7:  # one more than a bad record needs to be recognised
+                    break
+                if self._closing.wait(min(2.0 ** min(failures - 1, 6), 60)):
+                    self._abandoned.wait(0.3)
+                continue
+            if failures > 1:
+                say("MLflow answers again")
+            failures = 0
+            if not sent:
+                if self._closing.is_set():
+                    break
+                self._news.wait()
+                self._news.clear()
+                self._closing.wait(0.5)  # more records make one larger batch
+        self.journal.release()
+
+    def _sample(self, collectors: Sequence[type], seconds: float) -> None:
+        """Samples with MLflow's collectors, but through the journal: MLflow's own SystemMetricsMonitor ends
+        for good at the first request that fails."""
+        monitors = []
+        for collector in collectors:
+            with suppress(Exception):  # no GPU, no driver, no nvidia-ml-py
+                monitors.append(collector())
+        while not self._closing.wait(seconds):
+            values = {}
+            for monitor in monitors:
+                with suppress(Exception):
+                    monitor.collect_metrics()
+                    values |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
+                    monitor.clear_metrics()
+            self._put(journals.metrics_record("system", values, None)[0])
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error, without credentials."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {journals.without_credentials(lines[0] if lines else '')[:250]}"

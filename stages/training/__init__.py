@@ -1,0 +1,1 @@
+"""Joint training: recipes, steps, checkpoints, validation, several GPUs."""

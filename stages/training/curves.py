@@ -1,0 +1,77 @@
+"""Where the points of a training go: MLflow, TensorBoard, the progress file, and the numbers of metrics/train.json."""
+
+import csv
+from pathlib import Path
+
+from stages.params import Train
+from stages.training.progress import Progress
+
+COLUMNS = [
+    "step", "questions_seen", "train_loss_per_sequence", "train_loss_per_token", "val_loss_per_sequence",
+    "val_loss_per_token", "learning_rate", "gradient_norm", "question_encoder_gradient_norm", "prior_entropy",
+    "distinct_passages", "seconds_per_step", "seconds_per_batch", "questions_per_second", "tokens_per_second",
+    "mfu", "host_wait", "gpu_utilization", "gpu_memory", "skipped_steps", "overflow_steps", "micro_batch",
+    "context_encoder_gradient_norm", "refresh_wait",
+]  # fmt: skip
+
+
+class Curves:
+    """Sends each logged point to the tracker and, with a folder, to TensorBoard.
+
+    A resumed training goes again through the steps behind its last checkpoint; those that its journal holds already are
+    not sent twice, and TensorBoard forgets what a killed process had written beyond the first new point.
+    """
+
+    def __init__(self, tracker, board_folder: Path | None):
+        self.tracker, self.board_folder = tracker, board_folder
+        self.logged = tracker.journal.logged_steps()
+        self.board = None
+
+    def point(self, point: dict) -> None:
+        values = {name: value for name, value in point.items() if name != "step"}
+        if point["step"] not in self.logged:
+            self.tracker.log_metrics(values, step=point["step"])
+        if self.board_folder is not None:
+            if self.board is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(str(self.board_folder), purge_step=point["step"])
+            for name, value in values.items():
+                self.board.add_scalar(name, value, point["step"])
+            self.board.flush()
+
+    @staticmethod
+    def write_csv(history: list[dict], path: Path) -> None:
+        """A row a logged step; what was not measured at a step stays empty, what single ranks measured is left out."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(history)
+
+
+def summary(progress: Progress, settings: Train, keeps_best: bool) -> dict[str, float]:
+    """The numbers of metrics/train.json. The losses are those of the weights that are kept, at `kept_step`."""
+    validated = [point for point in progress.history if "val_loss_per_sequence" in point]
+    timed = [point for point in progress.history if "seconds_per_step" in point]
+    kept = next(point for point in validated if point["step"] == progress.best_step) if keeps_best else validated[-1]
+    seconds = progress.training_seconds
+    return {
+        "val_loss_per_sequence": kept["val_loss_per_sequence"],
+        "val_loss_per_token": kept["val_loss_per_token"],
+        "val_loss_before_training": validated[0]["val_loss_per_sequence"],
+        "last_val_loss_per_sequence": validated[-1]["val_loss_per_sequence"],
+        "kept_step": kept["step"],
+        "steps": progress.step,
+        "questions_seen": progress.questions_seen,
+        "batch_size": settings.batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "seconds_per_step": seconds / progress.step,
+        "seconds_per_batch": timed[-1]["seconds_per_batch"],
+        "questions_per_second": progress.questions_seen / seconds,
+        "tokens_per_second": timed[-1]["tokens_per_second"],
+        "training_seconds": seconds,
+        "skipped_steps": progress.skipped_steps,
+        "overflow_steps": progress.overflow_steps,
+        "micro_batch": progress.micro_batch or settings.batch_size,
+    }

@@ -1,0 +1,42 @@
+"""The loss of the validation questions, the yardstick of every recipe."""
+
+import torch
+
+from stages.compute import ranks
+from stages.compute.out_of_memory import in_batches
+from stages.rag.batches import Examples
+from stages.rag.model import Rag
+from stages.training import fsdp
+
+VALIDATION_BATCH = 16
+
+
+def validation_loss(
+    rag: Rag, validation: Examples, marginal: str, batch_size: int = VALIDATION_BATCH
+) -> dict[str, float]:
+    """Mean NLL of the validation answers, without label smoothing, per sequence and per answer token, in nats.
+
+    A recipe that averages is measured by the RAG-Sequence marginal too: one yardstick for recipes to be compared by.
+    Every rank takes its share of the answers and returns the same sums; with FSDP equally many, some for nothing.
+    """
+    measured = "token" if marginal == "token" else "sequence"
+    was_training = rag.training
+    rag.eval()
+
+    mine = ranks.share(list(range(len(validation))))
+    counted = len(mine)
+    mine += [0] * fsdp.missing_passes(rag, counted)
+
+    def loss(places: list[int]) -> float:
+        output = rag(rag.batch(validation, [mine[place] for place in places]), marginal=measured)
+        return output.nll[: max(0, counted - places[0])].double().sum().item()
+
+    with torch.no_grad():
+        total = sum(in_batches(len(mine), batch_size, loss, halve=not fsdp.is_sharded(rag)))
+    rag.index.finish_searches()
+    total = ranks.summed({"nll": total})["nll"]
+    rag.train(was_training)
+    return {
+        "val_loss_per_sequence": total / len(validation),
+        "val_loss_per_token": total / int(validation.target_mask.sum()),
+    }

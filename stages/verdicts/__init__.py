@@ -1,0 +1,1 @@
+"""Plain verdicts on a run. They change no result."""

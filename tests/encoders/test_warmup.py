@@ -1,0 +1,139 @@
+"""The retriever's warm-up: its loss by hand, its negatives, its determinism, what it learns."""
+
+import pytest
+import torch
+from transformers import DPRContextEncoder
+
+from stages.corpus.token_store import TokenStore
+from stages.encoders.encoder import Encoder, as_role
+from stages.encoders.mining import HardNegatives
+from stages.encoders.warmup import WarmUp, in_batch_loss
+from tests.tiny_rag import QUESTIONS, TEXTS, TITLES, tiny_rag
+
+
+def test_loss_is_the_cross_entropy_of_the_own_passage():
+    questions, passages = torch.randn(4, 3), torch.randn(4, 3)
+    expected = 0.0
+    for i in range(4):
+        scores = [float(questions[i] @ passages[j]) for j in range(4)]
+        expected -= scores[i] - torch.tensor(scores).logsumexp(0).item()
+    assert in_batch_loss(questions, passages, torch.arange(4)).item() == pytest.approx(expected / 4, rel=1e-5)
+
+
+def test_the_scale_multiplies_the_scores():
+    questions, passages, gold = torch.randn(4, 3), torch.randn(4, 3), torch.arange(4)
+    assert in_batch_loss(questions, passages, gold, 5.0).item() == pytest.approx(
+        in_batch_loss(5 * questions, passages, gold).item(), rel=1e-5
+    )
+
+
+def test_a_passage_that_two_questions_share_is_no_negative():
+    questions, passages = torch.randn(3, 5), torch.randn(3, 5)
+    passages[2] = passages[0]
+    loss = in_batch_loss(questions, passages, torch.tensor([4, 7, 4]))
+    kept = [in_batch_loss(questions[rows], passages[rows], torch.tensor([0, 1])) for rows in ([0, 1], [2, 1])]
+    middle = -(questions[1] @ passages.T).log_softmax(-1)[1]
+    first = -(questions[0] @ passages[:2].T).log_softmax(-1)[0]
+    last = -(questions[2] @ passages[1:].T).log_softmax(-1)[1]
+    assert loss.item() == pytest.approx((first + middle + last).item() / 3, rel=1e-5)
+    assert all(torch.isfinite(value) for value in kept)
+
+
+def by_hand(questions, passages, rows) -> float:
+    total = 0.0
+    for i, question in enumerate(questions):
+        seen = [j for j in range(len(passages)) if j == i or rows[j] != rows[i]]
+        scores = torch.stack([question @ passages[j] for j in seen])
+        total += (scores.logsumexp(0) - question @ passages[i]).item()
+    return total / len(questions)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [4, 7, 9, 1, 2],  # two hard negatives
+        [4, 7, 9, 7, 2],  # one is another question's own passage
+        [4, 7, 4, 4, 7],  # and two questions are about one passage
+        [4, 7, 9, 1, 1],  # mined twice
+    ],
+)
+def test_hard_negatives_are_further_columns_except_where_they_are_the_own_passage(rows):
+    questions, vectors = torch.randn(3, 5), torch.randn(10, 5)
+    loss = in_batch_loss(questions, vectors[rows], torch.tensor(rows))
+    assert loss.item() == pytest.approx(by_hand(questions, vectors[rows], rows), rel=1e-5)
+
+
+def warmed(steps: int):
+    encoder = tiny_rag().encoder
+    passage_encoder = Encoder(as_role(encoder.model, DPRContextEncoder), encoder.tokenizer)
+    warm_up = WarmUp(encoder, passage_encoder, torch.device("cpu"))
+    questions = TokenStore.from_rows(encoder.question_rows(QUESTIONS, 24))
+    passages = TokenStore.from_rows(passage_encoder.passage_rows(TITLES, TEXTS, 48))
+    positives = torch.arange(len(QUESTIONS))
+    before = warm_up.validate(questions, passages, positives, 9)
+    if steps:
+        warm_up.train(questions, passages, positives, steps=steps, batch_size=6, learning_rate=1e-2, seed=3)
+    return before, warm_up.validate(questions, passages, positives, 9), warm_up
+
+
+def test_it_learns_and_moves_both_encoders_the_same_way_each_time():
+    before, after, warm_up = warmed(25)
+    assert after < 0.7 * before
+    again = warmed(25)
+    assert again[1] == after
+    question, passage = warm_up.question_encoder.model, warm_up.context_encoder.model
+    assert not torch.equal(question.question_encoder.encode_proj.weight, passage.ctx_encoder.encode_proj.weight)
+
+
+def test_no_steps_pass_the_encoders_through():
+    before, after, _ = warmed(0)
+    assert before == after
+
+
+def second_round(pool: torch.Tensor | None, seed: int = 5):
+    """Loss over all passages before and after a round with one hard negative a question, and the encoders."""
+    _, _, warm_up = warmed(0)
+    questions = TokenStore.from_rows(warm_up.question_encoder.question_rows(QUESTIONS, 24))
+    passages = TokenStore.from_rows(warm_up.context_encoder.passage_rows(TITLES, TEXTS, 48))
+    positives = torch.arange(len(QUESTIONS))
+    negatives = None if pool is None else HardNegatives(pool, 1)
+
+    @torch.no_grad()
+    def hard_loss() -> float:
+        wanted = torch.cat([positives, (positives + 1) % 9])
+        return warm_up.loss(questions, passages, positives, wanted).item()
+
+    before = hard_loss()
+    warm_up.train(
+        questions, passages, positives, steps=25, batch_size=6, learning_rate=1e-2, seed=seed, negatives=negatives
+    )
+    return before, hard_loss(), warm_up
+
+
+def weights(warm_up: WarmUp) -> list[torch.Tensor]:
+    return [p for e in (warm_up.question_encoder, warm_up.context_encoder) for p in e.model.parameters()]
+
+
+def same(one: WarmUp, other: WarmUp) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
+
+
+NEIGHBOURS = (torch.arange(9)[:, None] + torch.tensor([1, 2, 3])) % 9
+
+
+def test_a_round_with_hard_negatives_lowers_their_loss_the_same_way_for_the_same_seed():
+    before, after, warm_up = second_round(NEIGHBOURS)
+    assert after < 0.7 * before
+    assert same(warm_up, second_round(NEIGHBOURS)[2])
+    assert not same(warm_up, second_round(None)[2])
+
+
+def test_questions_with_empty_pools_train_as_without_hard_negatives():
+    nothing = torch.full((9, 3), -1)
+    assert same(second_round(nothing)[2], second_round(None)[2])
+
+
+def test_tokens_are_gathered_where_they_are_whatever_the_offsets_say():
+    store = TokenStore.from_rows([[5, 6], [7], [8, 9, 10]])
+    ids, lengths = TokenStore(store.tokens.to("meta"), store.offsets).padded(torch.tensor([2, 1]), 9, 0)
+    assert ids.shape == (2, 3) and ids.is_meta and lengths.is_meta

@@ -1,0 +1,85 @@
+"""Evaluation on a model of random weights: its lines agree with each other and with single questions."""
+
+import pytest
+import torch
+from datasets import Dataset
+
+from stages.compute.precision import generator_dtype
+from stages.corpus.arrow import gold_rows
+from stages.evaluation.answering import answer, evaluate, retrieve
+from stages.generation import marginalization
+from stages.params import Evaluate
+from tests.tiny_rag import ANSWERS, QUESTIONS, TEXTS, TITLES, tiny_rag
+
+SETTINGS = Evaluate(split="test", num_samples=None, decoding="thorough", num_beams=2, batch_size=4, precision="fp32")
+PASSAGES = Dataset.from_list([{"id": f"p{i}", "title": TITLES[i], "text": TEXTS[i]} for i in range(9)])
+ASKED = Dataset.from_list(
+    [
+        {"id": f"q{i}", "question": QUESTIONS[i], "answers": [ANSWERS[i]], "positive_ids": [f"p{i}"] if i < 7 else []}
+        for i in range(9)
+    ]
+)
+GOLD_ROWS = gold_rows(ASKED, PASSAGES)
+
+
+def run(rag, **changes):
+    return evaluate(rag, ASKED, PASSAGES, GOLD_ROWS, SETTINGS.model_copy(update=changes), "sequence")
+
+
+def test_the_lines_of_a_small_evaluation():
+    rag = tiny_rag()
+    metrics, predictions = run(rag)
+    assert metrics["questions"] == 9 and metrics["questions_with_gold_passage"] == 7
+    assert metrics["recall_at_20"] == 100.0 and metrics["recall_at_1"] <= metrics["recall_at_5"]
+    found = retrieve(rag, rag.examples(QUESTIONS, ANSWERS), 20, 4)
+    assert found.rows.shape == (9, 20) and (found.rows[:, 9:] == -1).all()
+    first = sum(found.rows[i, 0].item() == i for i in range(7)) / 7
+    assert metrics["recall_at_1"] == pytest.approx(100 * first)
+    for row, given in zip(predictions, found.rows[:, :3].tolist(), strict=True):
+        assert [passage["id"] for passage in row["passages"]] == [f"p{i}" for i in given]
+        assert sum(passage["prior"] for passage in row["passages"]) == pytest.approx(1, abs=1e-4)
+    assert all(isinstance(value, int | float) for value in metrics.values())
+
+
+def test_batching_changes_no_prediction():
+    rag = tiny_rag()
+    together, alone = run(rag, batch_size=9)[1], run(rag, batch_size=1)[1]
+    for one, other in zip(together, alone, strict=True):
+        assert one["prediction"] == other["prediction"]
+        assert one["log_prob"] == pytest.approx(other["log_prob"], abs=1e-3)
+
+
+def test_a_questions_log_prob_is_the_training_loss_of_its_answer():
+    rag = tiny_rag()
+    examples = rag.examples(QUESTIONS, ANSWERS)
+    found = retrieve(rag, examples, 3, 4)
+    prior = marginalization.log_prior(found.scores)
+    for index, given in enumerate(answer(rag, examples, found.rows, prior, SETTINGS, "sequence", "")):
+        targets = torch.tensor([[*given.token_ids, rag.generator.eos_token_id]])
+        batch = rag.batch(examples, [index])._replace(targets=targets, target_mask=torch.ones_like(targets).bool())
+        with torch.no_grad():
+            nll = rag(batch, marginal="sequence").nll.item()
+        assert -given.log_prob == pytest.approx(nll, abs=1e-3)
+
+
+def test_a_generator_in_half_precision_answers_after_the_same_retrieval_with_nearly_the_same_scores():
+    usual = run(tiny_rag())
+    rag = tiny_rag()
+    rag.generator_model.to(generator_dtype("bf16", torch.device("cpu")))
+    halved = run(rag)
+    names = [name for name in usual[0] if "recall" in name]
+    assert [halved[0][name] for name in names] == [usual[0][name] for name in names]
+    for one, other in zip(usual[1], halved[1], strict=True):
+        assert [passage["prior"] for passage in one["passages"]] == [passage["prior"] for passage in other["passages"]]
+        assert other["log_prob"] == pytest.approx(one["log_prob"], rel=0.05)
+
+
+def test_the_precision_of_decoding_on_a_cpu():
+    cpu = torch.device("cpu")
+    assert [generator_dtype(name, cpu) for name in ("auto", "fp32", "bf16")] == [
+        torch.float32,
+        torch.float32,
+        torch.bfloat16,
+    ]
+    with pytest.raises(ValueError, match="evaluate.precision: fp16"):
+        generator_dtype("fp16", cpu)

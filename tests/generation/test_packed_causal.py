@@ -1,0 +1,118 @@
+"""Decoder-only models without padding give the padded models' numbers, family by family."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from stages.evaluation.decoding import generate
+from stages.generation.marginalization import log_prior
+from stages.generation.packed_causal import PackedCausal
+from stages.rag.folder import save_rag
+from tests.generation.test_packed_bart import distance
+from tests.rag.test_families import rag_of
+from tests.tiny_rag import ANSWERS, QUESTIONS
+
+EVERYTHING = list(range(len(QUESTIONS)))
+
+
+def loss_and_gradients(family, packed, label_smoothing=0.0, checkpointing=False):
+    rag = rag_of(family)
+    assert isinstance(rag.packed, PackedCausal)
+    for parameter in rag.generator_model.parameters():
+        parameter.data.mul_(3)
+    if not packed:
+        rag.packed = None
+    if checkpointing:
+        rag.generator_model.gradient_checkpointing_enable({"use_reentrant": False})
+    rag.train()
+    output = rag(
+        rag.batch(rag.examples(QUESTIONS, ANSWERS), EVERYTHING), marginal="sequence", label_smoothing=label_smoothing
+    )
+    output.nll.sum().backward()
+    return output.nll.detach(), {name: p.grad for name, p in rag.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_loss_and_gradients_are_those_of_the_padded_model(family, label_smoothing):
+    nll, gradients = loss_and_gradients(family, True, label_smoothing)
+    expected, expected_gradients = loss_and_gradients(family, False, label_smoothing)
+    torch.testing.assert_close(nll, expected, rtol=1e-5, atol=1e-5)
+    assert gradients.keys() == expected_gradients.keys()
+    assert distance(gradients, expected_gradients) < 1e-5
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    nll, gradients = loss_and_gradients("llama", True)
+    again, gradients_again = loss_and_gradients("llama", True, checkpointing=True)
+    torch.testing.assert_close(again, nll)
+    assert distance(gradients_again, gradients) < 1e-6
+
+
+def test_compiled_layers_are_one_graph_with_the_same_numbers(monkeypatch):
+    """Traced as on a GPU, but run by torch's own kernels: a machine without a C++ compiler can test it."""
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: compiled(self, backend="aot_eager", **options)
+    )
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    rag = rag_of("llama")
+    examples = rag.examples(QUESTIONS, ANSWERS)
+    expected = rag(rag.batch(examples, EVERYTHING), marginal="sequence").nll.detach()
+    rag.packed.compile()
+    rag.train()
+    for rows in (EVERYTHING, [0, 1, 2], [5, 6, 7, 8]):
+        nll = rag(rag.batch(examples, rows), marginal="sequence").nll
+        nll.sum().backward()
+        torch.testing.assert_close(nll, expected[rows], rtol=1e-5, atol=1e-5)
+    stats = torch._dynamo.utils.counters["stats"]
+    assert stats["unique_graphs"] == 1 and stats["calls_captured"] > 50
+    assert "_orig_mod" not in "".join(rag.state_dict())
+
+
+def test_answers_of_one_token_and_padding_tokens():
+    rag = rag_of("llama")
+    ids, mask = torch.randint(4, 8192, (3, 5)), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    alone = torch.tensor([[2], [2], [2]])
+    single = rag.packed.token_log_probs(ids, mask, alone, torch.ones_like(alone, dtype=torch.bool))
+    for row in range(3):
+        prompt = ids[row : row + 1, : mask[row].sum()]
+        expected = rag.generator_model(prompt).logits[0, -1].log_softmax(-1)[2]
+        torch.testing.assert_close(single[row, 0], expected, rtol=1e-5, atol=1e-5)
+    targets, target_mask = torch.randint(4, 8192, (3, 3)), torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]]).bool()
+    scored = rag.packed.token_log_probs(ids, mask, targets, target_mask)
+    assert not scored[~target_mask].any() and (scored[target_mask] < 0).all()
+    ids, targets = ids.masked_fill(mask == 0, 7), targets.masked_fill(~target_mask, 7)
+    assert torch.equal(rag.packed.token_log_probs(ids, mask, targets, target_mask), scored)
+
+
+def test_decoding_and_what_is_saved_do_not_know_of_it(tmp_path):
+    rag = rag_of("llama")
+    batch = rag.batch(rag.examples(QUESTIONS, ANSWERS), EVERYTHING)
+    with torch.no_grad():
+        rows, scores = rag.retrieve(rag.encode_questions(batch))
+    ids, mask = rag.contexts(batch, rows)
+
+    def answers():
+        shape = (len(QUESTIONS), rows.shape[1], -1)
+        found = generate(
+            rag.generator, ids.view(shape), mask.view(shape), log_prior(scores), num_beams=3, max_answer_tokens=6,
+            decoding="thorough", marginalization="sequence",
+        )  # fmt: skip
+        return [(answer.text, pytest.approx(answer.log_prob, abs=1e-4)) for answer in found]
+
+    with_packing = answers()
+    rag.generator_model.set_attn_implementation("sdpa")
+    assert [text for text, _ in answers()] == [text for text, _ in with_packing]
+    rag.packed = PackedCausal(rag.generator)
+    save_rag(rag, tmp_path, "sequence")
+    assert "packed" not in (tmp_path / "generator/config.json").read_text(encoding="utf-8")
+
+
+def test_windows_and_other_families_are_not_packed():
+    assert PackedCausal.fits(LlamaConfig()) and PackedCausal.fits(Qwen3Config()) and PackedCausal.fits(Qwen2Config())
+    assert PackedCausal.fits(MistralConfig(sliding_window=None))
+    assert not PackedCausal.fits(MistralConfig(sliding_window=8))
+    assert not PackedCausal.fits(Qwen2Config(use_sliding_window=True, sliding_window=8, max_window_layers=1))
+    assert not PackedCausal.fits(rag_of("gpt2").generator_model.config)

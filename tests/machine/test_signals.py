@@ -1,0 +1,64 @@
+"""Signals to real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+WORK = """
+import time
+from stages.machine.signals import Interrupted, Interrupts
+from stages.machine.entry import run
+def main():
+    with Interrupts() as interrupts:
+        print("ready", flush=True)
+        for _ in range({steps}):
+            time.sleep(0.05)
+            if interrupts.asked():
+                raise Interrupted(interrupts.asked(), "interrupted at step 3 of 9")
+{after}
+run(main)
+"""
+
+
+def process(code, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env=os.environ | environment,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_behind_the_step_with_one_line_and_its_exit_code(number):
+    started = process(WORK.format(steps=200, after=""))
+    assert started.stdout.readline() == "ready\n"
+    started.send_signal(number)
+    _, errors = started.communicate(timeout=30)
+    assert started.returncode == 128 + number
+    assert errors.splitlines()[-1] == "interrupted at step 3 of 9" and "Traceback" not in errors
+
+
+def test_a_second_signal_ends_at_once():
+    started = process(WORK.format(steps=0, after="        time.sleep(60)"))
+    assert started.stdout.readline() == "ready\n"
+    started.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert started.poll() is None
+    started.send_signal(signal.SIGTERM)
+    started.communicate(timeout=30)
+    assert started.returncode == -signal.SIGTERM
+
+
+def test_a_stage_that_dvc_started_ends_when_dvc_is_killed(tmp_path):
+    stage = "import time; from stages.machine.entry import run; run(lambda: (print('up', flush=True), time.sleep(60)))"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {stage!r}])"
+    started = process(parent, DVC_STAGE="train")
+    assert started.stdout.readline() == "up\n"
+    started.kill()
+    # Both ends of the pipes close once the stage is gone too.
+    _, errors = started.communicate(timeout=30)
+    assert "the process that started this stage is gone" in errors

@@ -1,0 +1,84 @@
+"""Checkpoints of other trainings: told apart, counted, kept from two at once."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from stages.storage import leftovers
+from stages.storage.checkpoints import Checkpoints, describe, fingerprint
+
+
+def training(root, inputs, rate, recipe="new"):
+    """Checkpoints of a training with this learning rate, as the train stage makes them."""
+    description = describe({"train": {"recipe": recipe, "learning_rate": rate}, "lengths": {"a": 1}}, [inputs])
+    name = fingerprint(description)
+    return name, description, Checkpoints(root / leftovers.FOLDER / name, 2, description)
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    (tmp_path / "inputs").write_text("1")
+    return tmp_path / "inputs"
+
+
+def test_what_changed_is_named(tmp_path, inputs):
+    _, _, checkpoints = training(tmp_path, inputs, 1e-3)
+    checkpoints.save(40, {"w": torch.ones(2)}, {})
+    inputs.write_text("2")
+    name, description, _ = training(tmp_path, inputs, 5e-4)
+    first, second = leftovers.lines(tmp_path, name, description)
+    assert f"step-00000040) differs in train.learning_rate 0.001 -> 0.0005; inputs {inputs}" in first
+    assert "1 other trainings" in second and "make clean" in second
+
+
+def test_changed_code_is_named_by_module(tmp_path, inputs):
+    _, description, _ = training(tmp_path, inputs, 1e-3)
+    assert "storage/checkpoints.py" in description["code"] and "machine/entry.py" not in description["code"]
+    changed = description | {"code": description["code"] | {"storage/checkpoints.py": "0"}}
+    assert leftovers.differences(description, changed) == "code storage/checkpoints.py"
+
+
+def test_nothing_to_tell(tmp_path, inputs):
+    name, description, checkpoints = training(tmp_path, inputs, 1e-3)
+    assert leftovers.lines(tmp_path, name, description) == []
+    checkpoints.save(1, {"w": torch.ones(2)}, {})
+    assert leftovers.lines(tmp_path, name, description) == []
+
+
+def test_another_recipes_checkpoints_are_only_counted(tmp_path, inputs):
+    _, _, checkpoints = training(tmp_path, inputs, 1e-3, "old")
+    checkpoints.save(1, {"w": torch.ones(2)}, {})
+    name, description, _ = training(tmp_path, inputs, 1e-3)
+    [line] = leftovers.lines(tmp_path, name, description)
+    assert "1 other trainings" in line
+
+
+def test_a_finished_training_goes_once_the_next_stage_runs_and_an_unfinished_one_stays(tmp_path, inputs):
+    name, _, checkpoints = training(tmp_path, inputs, 1e-3)
+    checkpoints.save(1, {"w": torch.ones(2)}, {})
+    leftovers.drop_finished(tmp_path, name)
+    assert checkpoints.latest() is not None
+    checkpoints.finish({"w": torch.ones(2)}, {})
+    leftovers.drop_finished(tmp_path, name)
+    assert not checkpoints.folder.exists()
+
+
+def test_two_at_once_get_one_clear_line_and_a_killed_owner_leaves_no_lock(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from stages.storage import leftovers\n"
+        "held = leftovers.lock(Path(sys.argv[1]), 'abc'); print('held', flush=True); time.sleep(60)"
+    )
+    owner = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True
+    )
+    assert owner.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match="abc: another process is training exactly this"):
+        leftovers.lock(tmp_path, "abc", wait=0.1)
+    leftovers.lock(tmp_path, "other", wait=0.1).release()
+    owner.kill()
+    owner.wait()
+    owner.stdout.close()
+    leftovers.lock(tmp_path, "abc", wait=5).release()

@@ -1,0 +1,48 @@
+"""Verdicts: each sign turns bad beyond its threshold, names the remedy, and stays silent about what was not measured."""
+
+import pytest
+
+from stages.params import load_params
+from stages.verdicts.of_evaluation import evaluation_signs
+from stages.verdicts.of_training import training_signs
+
+LIMITS = load_params().signs
+METRICS = {"val_loss_before_training": 4.0, "val_loss_per_sequence": 2.0, "seconds_per_batch": 0.4}
+POINT = {"step": 9, "prior_entropy": 0.5, "distinct_passages": 0.9, "gpu_utilization": 90.0, "gpu_memory": 85.0}
+
+
+def verdict(name, metrics=None, point=None, on_gpu=True):
+    found = training_signs([{"step": 0}, POINT | (point or {})], METRICS | (metrics or {}), LIMITS, on_gpu)
+    return next(sign for sign in found.signs if sign.name == name), found
+
+
+@pytest.mark.parametrize(
+    ("name", "metrics", "point"),
+    [
+        ("val_loss", {"val_loss_per_sequence": 3.95}, {}),
+        ("speed", {"seconds_per_batch": 1.2}, {}),
+        ("retrieval", {}, {"distinct_passages": 0.1}),
+        ("prior", {}, {"prior_entropy": 0.995}),
+        ("gpu_utilization", {}, {"gpu_utilization": 20.0}),
+        ("gpu_memory", {}, {"gpu_memory": 30.0}),
+    ],
+)
+def test_bad_beyond_the_threshold_with_the_remedy(name, metrics, point):
+    assert verdict(name)[0].good is True
+    sign, all_of_them = verdict(name, metrics, point)
+    assert sign.good is False and sign.remedy in all_of_them.text and all_of_them.tags[f"sign.{name}"] == "bad"
+    assert sum(other.good is False for other in all_of_them.signs) == 1
+    assert verdict(name)[0].remedy not in verdict(name)[1].text
+
+
+def test_a_cpu_has_no_verdict_on_speed_and_gpu():
+    point = {key: value for key, value in POINT.items() if not key.startswith("gpu")}
+    found = training_signs([point], METRICS | {"seconds_per_batch": 9.0}, LIMITS, on_gpu=False)
+    assert {sign.name for sign in found.signs if sign.good is None} == {"speed", "gpu_utilization", "gpu_memory"}
+
+
+def test_evaluation():
+    good = evaluation_signs({"em": 40.0, "oracle_em": 60.0, "closed_book_em": 5.0}, LIMITS)
+    assert all(sign.good for sign in good.signs)
+    bad = evaluation_signs({"em": 4.8, "oracle_em": 5.0, "closed_book_em": 5.0}, LIMITS)
+    assert [sign.good for sign in bad.signs] == [False, False] and "4.8" in bad.text
