@@ -15,8 +15,8 @@ from stages.machine.devices import prepare_torch
 from stages.machine.entry import run
 from stages.params import load_params
 
-PREPARED, TOKENS, INDEX, MODEL = (Path("data") / name for name in ("prepared", "tokens", "index", "model"))
-LEXICAL = Path("data/lexical")
+PREPARED, TOKENS, LEXICAL = Path("data/prepared"), Path("data/tokens"), Path("data/lexical")
+VECTORS, INDEX, MODEL = Path("data/vectors"), Path("data/index"), Path("data/model")
 
 
 def main() -> None:
@@ -34,9 +34,9 @@ def main() -> None:
     from stages.generation import marginalization
     from stages.rag.folder import load_rag_parts
     from stages.rag.model import open_rag_on
-    from stages.search.passage_index import index_folder
+    from stages.search.passage_index import index_folders
 
-    rag = open_rag_on(load_rag_parts(MODEL), index_folder(MODEL, INDEX), TOKENS, params, device)
+    rag = open_rag_on(load_rag_parts(MODEL), index_folders(MODEL, INDEX, VECTORS), TOKENS, params, device)
     rag.eval()
     passages = read_rows(PREPARED / "passages.arrow")
 

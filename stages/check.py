@@ -1,6 +1,6 @@
 """Reads every file that the stages wrote to its last byte and holds it against what was recorded when it was written.
 
-    python -m stages.check                          # data/prepared, tokens, lexical, index, model, as far as they exist
+    python -m stages.check                          # data/prepared, tokens, ..., model, as far as they exist
     python -m stages.check data/index
 
 Loading checks large files only by size and ends; this is the thorough check after a crash or a copy.
@@ -11,7 +11,9 @@ from pathlib import Path
 
 from stages.machine.entry import run
 
-WRITTEN_BY = {"prepared": "prepare", "tokens": "prepare", "lexical": "lexical", "index": "index", "model": "train"}
+WRITTEN_BY = {
+    "prepared": "prepare", "tokens": "tokens", "lexical": "lexical", "vectors": "encode", "index": "index", "model": "train",
+}  # fmt: skip
 
 
 def main() -> None:

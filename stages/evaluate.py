@@ -11,16 +11,16 @@ from pathlib import Path
 
 from stages.machine.devices import prepare_torch
 from stages.machine.entry import root_folder, run
-from stages.params import load_params
+from stages.machine.stage_params import stage_params
 
-PREPARED, TOKENS, INDEX, MODEL = (Path("data") / name for name in ("prepared", "tokens", "index", "model"))
-LEXICAL = Path("data/lexical")
+PREPARED, TOKENS, LEXICAL = Path("data/prepared"), Path("data/tokens"), Path("data/lexical")
+VECTORS, INDEX, MODEL = Path("data/vectors"), Path("data/index"), Path("data/model")
 PREDICTIONS, METRICS = Path("data/predictions"), Path("metrics/eval.json")
 TABLE_ROWS = 500
 
 
 def main() -> None:
-    params = load_params()
+    params = stage_params("evaluate")
     device = prepare_torch(params.runtime)
     from stages.bm25.hits import read_hits
     from stages.compute.precision import generator_dtype
@@ -28,7 +28,7 @@ def main() -> None:
     from stages.evaluation.answering import evaluate
     from stages.rag.folder import load_rag_parts
     from stages.rag.model import open_rag_on
-    from stages.search.passage_index import index_folder
+    from stages.search.passage_index import index_folders
     from stages.storage.leftovers import drop_finished
     from stages.tracking.runs import open_run
     from stages.verdicts.of_evaluation import evaluation_signs
@@ -39,7 +39,7 @@ def main() -> None:
     trained = json.loads((MODEL / "run.json").read_text(encoding="utf-8"))
     drop_finished(root, trained["fingerprint"])
     dtype = generator_dtype(settings.precision, device)
-    rag = open_rag_on(parts, index_folder(MODEL, INDEX), TOKENS, params, device)
+    rag = open_rag_on(parts, index_folders(MODEL, INDEX, VECTORS), TOKENS, params, device)
     rag.generator_model.to(dtype)  # retrieval stays in fp32
     passages = read_rows(PREPARED / "passages.arrow")
     questions = read_rows(PREPARED / f"{settings.split}.arrow")

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from stages.machine.entry import run
-from stages.params import load_params
+from stages.machine.stage_params import stage_params
 
 PREPARED, LEXICAL, METRICS = Path("data/prepared"), Path("data/lexical"), Path("metrics/lexical.json")
 K1, B = 0.9, 0.4  # Anserini's for passages of a hundred words
@@ -21,7 +21,7 @@ RECALL_DEPTHS = (1, 5, 20)
 
 
 def main() -> None:
-    params = load_params()
+    params = stage_params("lexical")
     depth = params.retriever.hybrid_depth
     work = LEXICAL.with_name(f"{LEXICAL.name}.unfinished")
     shutil.rmtree(work, ignore_errors=True)

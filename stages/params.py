@@ -4,6 +4,7 @@ Values are coerced leniently, because tools rewrite them: `dvc exp run -S train.
 `1e-05` in the file, which YAML 1.1 reads as a string.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -168,6 +169,22 @@ class Index(Section):
     nprobe: Positive | None
     ef_search: Positive | None
     batch_tokens: Annotated[int, Field(ge=512)]
+
+    @model_validator(mode="after")
+    def _the_kind_has_the_parameter(self) -> "Index":
+        """Known before anything is encoded; of an imported index, once it is opened."""
+        lists = re.search(r"IVF(\d+)(?![\dk])", self.factory)
+        for name, value, kind in (("nprobe", self.nprobe, "IVF"), ("ef_search", self.ef_search, "HNSW")):
+            if value is not None and self.import_path is None and kind not in self.factory:
+                raise ValueError(
+                    f"index.{name}: {value}, but index.factory: {self.factory} has no such parameter (one with {kind} has); "
+                    "set it to null"
+                )
+        if self.nprobe and self.import_path is None and lists and self.nprobe > int(lists[1]):
+            raise ValueError(
+                f"index.nprobe: {self.nprobe}, but index.factory: {self.factory} has only {lists[1]} lists"
+            )
+        return self
 
 
 class Train(Section):

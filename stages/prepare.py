@@ -1,36 +1,31 @@
-"""Stage 1: questions and passages become Arrow files and, once and for all, token ids.
+"""Stage 1: questions and passages become Arrow files.
 
-    python -m stages.prepare                        # writes data/prepared, data/tokens and data/unusable.jsonl
+    python -m stages.prepare                        # writes data/prepared and data/unusable.jsonl
     dvc exp run -S data.sample.passages=200         # a tiny one, with everything after it
     dvc exp run -S data.source=files -S data.files.train=questions.jsonl -S data.files.passages=passages.tsv.gz
 
-Reads `seed`, `data`, `models.generator` (its tokenizer) and `lengths.context_tokens` from params.yaml.
+Questions that name no passage of their own get one by BM25 here: the best hit that contains an answer.
 """
 
 from pathlib import Path
 
 from stages.machine.entry import run
-from stages.params import load_params
+from stages.machine.stage_params import stage_params
 
-PREPARED, TOKENS, UNUSABLE = Path("data/prepared"), Path("data/tokens"), Path("data/unusable.jsonl")
+PREPARED, UNUSABLE = Path("data/prepared"), Path("data/unusable.jsonl")
 
 
 def main() -> None:
-    params = load_params()
+    params = stage_params("prepare")
     from stages.corpus.arrow import PASSAGES, QUESTIONS, read_rows, replacing, write_rows
-    from stages.corpus.token_store import write_tokens
-    from stages.generation.tokenizer import load_tokenizer, passage_tokens
     from stages.reading import airports, files, natural_questions
     from stages.reading.positives import find_positives, lacking
     from stages.reading.rows import PassageIds, columns_of, keep_known, read_passages, read_questions
     from stages.reading.splits import split_questions
     from stages.reading.unusable_rows import Report
-    from stages.storage.outside_files import find
 
     data = params.data
-    tokenizer = load_tokenizer(str(find(params.models.generator)))
-
-    with replacing(PREPARED, TOKENS) as (prepared, tokens), Report(UNUSABLE, data.max_unusable) as report:
+    with replacing(PREPARED) as (prepared,), Report(UNUSABLE, data.max_unusable) as report:
         if data.source == "sample":
             print(f"render the sample: {data.sample.passages} airports")
             passages, questions = airports.render_sample(**data.sample.model_dump(), seed=params.seed)
@@ -61,14 +56,7 @@ def main() -> None:
                 print(f"{report.counts.total()} rows cannot be used, listed in {UNUSABLE}")
         for split, rows in questions.items():
             write_rows(prepared / f"{split}.arrow", QUESTIONS, rows)
-
-        # Longer rows would be cut when contexts are assembled: cutting here keeps the files small.
-        limit = params.lengths.context_tokens
-        chunks = (
-            [ids[:limit] for ids in passage_tokens(tokenizer, batch["title"], batch["text"])]
-            for batch in read_rows(prepared / "passages.arrow").iter(1000)
-        )
-        count = write_tokens(tokens, chunks, len(tokenizer))
+    count = len(read_rows(PREPARED / "passages.arrow"))
     sizes = ", ".join(f"{len(rows)} {split}" for split, rows in questions.items())
     print(f"{count} passages; questions: {sizes}")
 

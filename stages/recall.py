@@ -14,7 +14,8 @@ from stages.machine.devices import prepare_torch
 from stages.machine.entry import run
 from stages.params import load_params
 
-PREPARED, RETRIEVER, INDEX, LEXICAL = (Path("data") / name for name in ("prepared", "retriever", "index", "lexical"))
+PREPARED, RETRIEVER, LEXICAL = Path("data/prepared"), Path("data/retriever"), Path("data/lexical")
+VECTORS, INDEX = Path("data/vectors"), Path("data/index")
 DEPTHS = (1, 5, 20)
 
 
@@ -45,7 +46,7 @@ def main() -> None:
         raise ValueError(f"{PREPARED / arguments.split}.arrow: no question names a gold passage, nothing to measure")
     depth, scale = params.retriever.hybrid_depth, params.retriever.score_scale
     hits = read_hits(LEXICAL, arguments.split, depth, len(questions), len(passages))
-    index = load_index(INDEX, params.index).to(device)
+    index = load_index(INDEX, VECTORS, params.index).to(device)
     encoder = load_encoder(str(RETRIEVER / "question_encoder"), "models.question_encoder")
     encoder.model.to(device)
     rows = encoder.question_rows(list(questions["question"]), params.lengths.question_tokens)

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from stages.machine.devices import prepare_torch
 from stages.machine.entry import run
-from stages.params import load_params
+from stages.machine.stage_params import stage_params
 
 PREPARED, RETRIEVER, METRICS = Path("data/prepared"), Path("data/retriever"), Path("metrics/retriever.json")
 
 
 def main() -> None:
-    params = load_params()
+    params = stage_params("retriever")
     device = prepare_torch(params.runtime)
     import torch
     from transformers import DPRContextEncoder, DPRQuestionEncoder

@@ -1,4 +1,4 @@
-"""The index stage as a process: killed, given what does not fit, and what it leaves in place."""
+"""The stages encode and index as processes: killed, given what does not fit, and what they leave in place."""
 
 import json
 import os
@@ -15,8 +15,10 @@ import pytest
 import yaml
 
 from stages.corpus.arrow import PASSAGES, QUESTIONS, write_rows
+from stages.search.passage_index import load_index
+from stages.storage import manifest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 COUNT = 60
 pytestmark = pytest.mark.slow
 
@@ -36,18 +38,27 @@ def project(folder, **settings):
     return folder
 
 
-def command(folder):
+def command(folder, stage="encode"):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("DVC")}
     environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return {"args": [sys.executable, "-m", "stages.index"], "cwd": folder, "env": environment}
+    return {"args": [sys.executable, "-m", f"stages.{stage}"], "cwd": folder, "env": environment}
 
 
 def run(folder):
-    return subprocess.run(**command(folder), capture_output=True, text=True, timeout=300)
+    """Both stages, the second where the first went well."""
+    for stage in ("encode", "index"):
+        done = subprocess.run(**command(folder, stage), capture_output=True, text=True, timeout=300)
+        if done.returncode:
+            break
+    return done
 
 
 def written(folder):
-    return {file.name: file.read_bytes() for file in (folder / "data/index").iterdir()}
+    return {
+        f"{out}/{file.name}": file.read_bytes()
+        for out in ("index", "vectors")
+        for file in (folder / "data" / out).iterdir()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -59,28 +70,34 @@ def whole(tmp_path_factory):
 
 
 def test_metrics_and_nothing_left_behind(whole):
-    metrics = json.loads((whole / "metrics/index.json").read_text())
+    metrics = {}
+    for stage in ("encode", "index"):
+        metrics |= json.loads((whole / f"metrics/{stage}.json").read_text())
     assert all(isinstance(value, int | float) for value in metrics.values())
     assert metrics["recall_of_exact_at_5"] == metrics["recall_of_exact_at_20"] == 100
-    assert metrics["vector_bytes"] == (whole / "data/index/vectors.npy").stat().st_size
+    assert metrics["vector_bytes"] == (whole / "data/vectors/vectors.npy").stat().st_size
     assert {"encode_seconds", "build_seconds", "search_ms_per_question", "index_bytes"} <= metrics.keys()
-    assert set(written(whole)) == {"index.faiss", "vectors.npy", "index.json", "manifest.json"}
-    assert list((whole / ".checkpoints").iterdir()) == []
+    assert set(written(whole)) == {
+        "index/index.faiss", "index/index.json", "index/manifest.json", "vectors/vectors.npy", "vectors/manifest.json",
+    }  # fmt: skip
+    assert not [path for path in (whole / ".checkpoints").iterdir() if path.is_dir()]
 
 
-def test_killed_while_building_it_goes_on_and_ends_with_the_same_bytes(whole, tmp_path):
+def test_killed_while_encoding_it_goes_on_and_ends_with_the_same_bytes(whole, tmp_path):
     folder = project(tmp_path)
     process = subprocess.Popen(**command(folder), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
     while (
-        not list(folder.glob(".checkpoints/*/shards.json")) and process.poll() is None and time.monotonic() < deadline
+        not list(folder.glob(".checkpoints/*/vectors/vectors.npy"))
+        and process.poll() is None
+        and time.monotonic() < deadline
     ):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
-    assert not (folder / "data/index").exists()
+    assert not (folder / "data/vectors").exists()
     assert run(folder).returncode == 0
-    assert written(folder) == written(whole) and list((folder / ".checkpoints").iterdir()) == []
+    assert written(folder) == written(whole)
 
 
 def test_an_imported_index_is_adopted_and_one_that_does_not_fit_changes_nothing(whole, tmp_path):
@@ -88,8 +105,9 @@ def test_an_imported_index_is_adopted_and_one_that_does_not_fit_changes_nothing(
     shutil.copy(whole / "data/index/index.faiss", folder / "mine.faiss")
     assert run(folder).returncode == 0
     before, mine = written(folder), (folder / "mine.faiss").read_bytes()
-    assert before["index.faiss"] == mine and before["vectors.npy"] == written(whole)["vectors.npy"]
-    vectors = np.load(folder / "data/index/vectors.npy")
+    assert before["index/index.faiss"] == mine
+    assert before["vectors/vectors.npy"] == written(whole)["vectors/vectors.npy"]
+    vectors = np.load(folder / "data/vectors/vectors.npy")
     other = faiss.IndexFlatIP(vectors.shape[1])
     other.add(np.ascontiguousarray(vectors[::-1]))
     faiss.write_index(other, str(folder / "mine.faiss"))
@@ -98,8 +116,25 @@ def test_an_imported_index_is_adopted_and_one_that_does_not_fit_changes_nothing(
     assert written(folder) == before
 
 
-def test_a_parameter_that_the_kind_does_not_have_stops_before_encoding(tmp_path):
-    folder = project(tmp_path, nprobe=4)
-    refused = run(folder)
-    assert refused.returncode == 1 and "error: index.nprobe: the index is of kind Flat" in refused.stderr
-    assert not (folder / "data/index").exists() and not (folder / ".checkpoints").exists()
+def test_an_approximate_index_is_measured_at_several_settings_and_encodes_nothing_again(whole, tmp_path):
+    folder = tmp_path / "ivf"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "data/index")
+    params = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
+    params["index"]["factory"] = "IVF8,Flat"
+    (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    done = subprocess.run(**command(folder, "index"), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((folder / "metrics/index.json").read_text())
+    assert "recall_of_exact_at_5" not in metrics and {"nprobe_1", "nprobe_4"} <= metrics.keys()
+    assert 0 < metrics["nprobe_1"]["recall_of_exact_at_5"] <= metrics["nprobe_4"]["recall_of_exact_at_5"] <= 100
+
+
+def test_an_index_of_other_vectors_is_refused(whole, tmp_path):
+    folder = tmp_path / "other"
+    shutil.copytree(whole, folder)
+    vectors = np.load(folder / "data/vectors/vectors.npy")
+    np.save(folder / "data/vectors/vectors.npy", vectors[::-1].copy())
+    manifest.record(folder / "data/vectors/vectors.npy")
+    with pytest.raises(ValueError, match="data/index: made from other vectors .* run `dvc repro --force index`"):
+        load_index(folder / "data/index", folder / "data/vectors")

@@ -72,7 +72,7 @@ def test_nothing_changed_only_the_look_at_the_inputs_runs(project):
 
 def test_a_temporary_run_finds_files_that_git_does_not_track(project):
     done = run(project, "dvc", "exp", "run", "--temp", "-S", "lengths.context_tokens=100")
-    assert ran(done.stdout) == ["inputs", "prepare", "train", "evaluate"]
+    assert ran(done.stdout) == ["inputs", "tokens", "train", "evaluate"]
     assert ran(run(project, "dvc", "exp", "run", "--temp", "-S", "evaluate.num_beams=1").stdout) == [
         "inputs",
         "evaluate",
@@ -94,7 +94,7 @@ def test_a_changed_model_folder_reruns_what_loads_it(project):
     config.write_text(before + "\n")
     status = json.loads(run(project, "dvc", "status", "--json").stdout)
     assert list(status) == ["inputs"]
-    assert ran(run(project, "dvc", "repro", "index").stdout) == ["inputs", "prepare"]
+    assert ran(run(project, "dvc", "repro", "tokens", "index").stdout) == ["inputs", "tokens"]
     config.write_text(before)
     run(project, "dvc", "repro")
 

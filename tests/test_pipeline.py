@@ -114,6 +114,8 @@ def test_a_changed_parameter_runs_only_what_depends_on_it(project):
 
     assert stages_run_with("evaluate.decoding=fast") == ["evaluate"]
     assert stages_run_with("train.learning_rate=1e-5") == ["train", "evaluate"]
+    assert stages_run_with("index.factory=HNSW8") == ["index", "train", "evaluate"]
+    assert stages_run_with("index.ef_search=20") == ["train", "evaluate"]
     assert stages_run_with("signs.exact_match=3") == []
     run(project, "git", "checkout", "-q", ".")
     run(project, "dvc", "checkout")
@@ -158,7 +160,7 @@ def test_two_ranks_make_one_run(project):
     before = {one.info.run_id for one in client.search_runs([experiment])}
     seed = ("-S", "train.seed=14", "-S", "index.batch_tokens=4096")
     output = run(project, "dvc", "exp", "run", "-S", "runtime.processes=2", *seed).stdout
-    assert {"index", "train"} <= set(ran(output)) and output.count("nats a question at step") == 1
+    assert {"encode", "index", "train"} <= set(ran(output)) and output.count("nats a question at step") == 1
     assert json.loads((project / "metrics/train.json").read_text())["questions_seen"] == 16
     [new] = {one.info.run_id for one in client.search_runs([experiment])} - before
     assert client.get_run(new).info.status == "FINISHED"
@@ -172,12 +174,13 @@ def test_a_refreshed_index_lies_beside_the_model_and_is_what_is_asked(project):
     changes = ("train.index_refresh_steps=1", "train.context_encoder_learning_rate=1e-2", "retriever.hybrid_depth=4")
     settings = [part for change in changes for part in ("-S", change)]
     assert ran(run(project, "dvc", "exp", "run", *settings).stdout) == ["inputs", "lexical", "train", "evaluate"]
-    before, after = (np.load(project / folder / "vectors.npy") for folder in ("data/index", "data/model/index"))
+    before, after = (np.load(project / folder / "vectors.npy") for folder in ("data/vectors", "data/model/index"))
     assert before.shape == after.shape and np.abs(before - after).max() > 1e-3
     rows = list(csv.DictReader((project / "metrics/curves.csv").open()))
     assert [row["step"] for row in rows if row["refresh_wait"]] == ["2", "3", "4"]
     scores = json.loads((project / "metrics/eval.json").read_text())
     shutil.rmtree(project / "data/index")
+    shutil.rmtree(project / "data/vectors")
     run(project, "python", "-m", "stages.evaluate")
     again = json.loads((project / "metrics/eval.json").read_text())
     timed = "questions_per_second"
@@ -230,7 +233,7 @@ def test_hybrid_retrieval_reruns_what_it_changes_and_answers_new_questions(proje
     before = file.read_text(encoding="utf-8")
     file.write_text(before.replace("hybrid_depth: 0", "hybrid_depth: 25"), encoding="utf-8")
     done = run(project, "dvc", "repro")
-    assert {"lexical", "train", "evaluate"} <= set(ran(done.stdout)) and not {"prepare", "index"} & set(
+    assert {"lexical", "train", "evaluate"} <= set(ran(done.stdout)) and not {"prepare", "encode", "index"} & set(
         ran(done.stdout)
     )
     metrics = json.loads((project / "metrics/lexical.json").read_text())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from stages import prepare
+from stages import prepare, tokens
 from stages.corpus.arrow import read_rows
 from stages.machine.entry import run
 from stages.reading.airports import render_sample
@@ -32,6 +32,7 @@ def project(tmp_path, monkeypatch):
             values["data"][key] = values["data"][key] | value if isinstance(value, dict) else value
         Path("params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
         run(prepare.main)
+        run(tokens.main)
         return {name: list(read_rows(Path(f"data/prepared/{name}.arrow"))) for name in (*SPLITS, "passages")}
 
     return prepared

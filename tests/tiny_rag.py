@@ -15,6 +15,7 @@ from stages.params import Lengths, Recipe, Train
 from stages.rag.model import Rag, open_rag
 from stages.search.index_kinds import build_index
 from stages.search.passage_index import PassageIndex, describe_index, write_index
+from stages.storage import manifest
 
 LENGTHS = Lengths(question_tokens=24, passage_tokens=48, context_tokens=64, answer_tokens=8)
 TITLES = [f"Place {name}" for name in ("Alpha", "Beta", "Gamma", "Delta", "Epsilon", "Zeta", "Eta", "Theta", "Iota")]
@@ -66,5 +67,6 @@ def tiny_rag(n_docs: int = 3, passages: int = len(TITLES), seed: int = 0) -> Rag
 
 def save_index(folder: Path, index, facts: dict) -> None:
     """Writes an index beside the vectors that are already in `folder`."""
+    manifest.record(folder / "vectors.npy")
     write_index(index, folder)
-    describe_index(folder, facts)
+    describe_index(folder, facts, folder)

@@ -16,7 +16,7 @@ import yaml
 
 
 def bench_scale(options: Namespace, device: torch.device) -> dict:
-    """Seconds and peak memory of the real prepare, retriever and index stages over synthetic passages.
+    """Seconds and peak memory of the real stages up to the index over synthetic passages.
 
     Seconds of the processors are told beside those of the clock: they hold beside other work too.
     """
@@ -50,7 +50,7 @@ def scale_of(folder: Path, count: int, options: Namespace) -> dict:
     params["runtime"] |= {"device": options.device, "threads": options.threads}
     (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     results = {"index_bytes_per_passage": 0.0}
-    for stage in ("prepare", "retriever", "index"):
+    for stage in ("prepare", "tokens", "retriever", "encode", "index"):
         results |= resources_of(stage, folder, root, count)
     results["index_bytes_per_passage"] = (folder / "data/index/index.faiss").stat().st_size / count
     return results

@@ -34,10 +34,11 @@ SMALL = {
     "train.eval_steps": 3, "train.save_steps": 4, "evaluate.num_beams": 2, "evaluate.batch_size": 4,
     "tracking.system_metrics_seconds": 0, "runtime.threads": 1, "runtime.device": "cpu",
 }  # fmt: skip
-STAGES = ("prepare", "retriever", "lexical", "index", "train", "evaluate")
+STAGES = ("prepare", "tokens", "retriever", "lexical", "encode", "index", "train", "evaluate")
 OUTS = {
-    "prepare": ["data/prepared", "data/tokens"], "retriever": ["data/retriever", "metrics/retriever.json"],
-    "lexical": ["data/lexical", "metrics/lexical.json"], "index": ["data/index", "metrics/index.json"],
+    "prepare": ["data/prepared"], "tokens": ["data/tokens"], "retriever": ["data/retriever", "metrics/retriever.json"],
+    "lexical": ["data/lexical", "metrics/lexical.json"], "encode": ["data/vectors", "metrics/encode.json"],
+    "index": ["data/index", "metrics/index.json"],
     "train": ["data/model", "metrics/train.json", "metrics/curves.csv", ".checkpoints", ".tracking", "mlflow.db"],
     "evaluate": ["data/predictions", "metrics/eval.json"],
 }  # fmt: skip
@@ -46,7 +47,7 @@ TIMINGS = ("second", "search_ms", "host_wait", "mfu", "gpu_")
 # Where in a stage: somewhere in its time, while a checkpoint is half written, while DVC takes the outputs.
 PLANS = [
     *[("train", "time")] * 6, *[("train", "checkpoint")] * 3, *[("train", "commit")] * 2, ("prepare", "time"),
-    ("prepare", "commit"), *[("retriever", "time")] * 2, *[("index", "time")] * 2, ("index", "commit"),
+    ("prepare", "commit"), *[("retriever", "time")] * 2, *[("encode", "time")] * 2, ("index", "commit"),
     ("evaluate", "time"), ("evaluate", "commit"),
 ]  # fmt: skip
 HALF_WRITTEN = ".checkpoints/*/*-*.unfinished"
@@ -233,6 +234,7 @@ def results(folder: Path) -> dict[str, str]:
         "data/tokens",
         "data/lexical",
         "data/retriever",
+        "data/vectors",
         "data/index",
         "data/model",
         "data/predictions",

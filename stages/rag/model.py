@@ -214,11 +214,11 @@ def open_rag(
 
 
 def open_rag_on(
-    parts: tuple[Encoder, Generator], index: Path, tokens: Path, params: Params, device: torch.device,
+    parts: tuple[Encoder, Generator], index: tuple[Path, Path], tokens: Path, params: Params, device: torch.device,
     passage_encoder: PassageEncoder | None = None, models_move: bool = True,
 ) -> Rag:  # fmt: skip
-    """`open_rag` of a question encoder and a generator over the index and the tokens in these folders."""
-    searching, retriever = load_index(index, params.index), params.retriever
+    """`open_rag` of a question encoder and a generator over an index and its vectors, and the tokens, in these folders."""
+    searching, retriever = load_index(*index, params.index), params.retriever
     return open_rag(
         *parts, searching, TokenStore.open(tokens), retriever.n_docs, params.lengths, device, retriever.score_scale,
         retriever.hybrid_weight, passage_encoder, models_move,

@@ -5,10 +5,9 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from stages.params import Index
-
 ROWS_A_CHUNK = 65536
 TRAIN_SIZE = 200_000
+NPROBES, EF_SEARCHES = (1, 4, 16, 64, 256), (16, 64, 256)
 
 
 def empty_index(dimension: int, factory: str, passages: int) -> faiss.Index:
@@ -85,21 +84,34 @@ def inner(index: faiss.Index) -> faiss.Index:
             return index
 
 
-def set_search_parameters(index: faiss.Index, settings: Index) -> None:
-    """Sets nprobe and ef_search; null leaves FAISS's default. Raises ValueError where the index has no such parameter."""
-    searched = inner(index)
-    lists = faiss.try_extract_index_ivf(index)
-    if settings.nprobe is not None:
+def set_search_parameters(index: faiss.Index, nprobe: int | None = None, ef_search: int | None = None) -> None:
+    """Sets nprobe and ef_search; None leaves FAISS's default. Raises ValueError where the index has no such parameter."""
+    lists, graph = faiss.try_extract_index_ivf(index), _graph(index)
+    if nprobe is not None:
         if lists is None:
             raise ValueError(_no_parameter("nprobe", index, "an IVF index"))
-        if settings.nprobe > lists.nlist:
-            raise ValueError(f"index.nprobe: {settings.nprobe}, but the index has only {lists.nlist} lists")
-        lists.nprobe = settings.nprobe
-    if settings.ef_search is not None:
-        graph = faiss.downcast_index(lists.quantizer) if lists else searched
-        if not hasattr(graph, "hnsw"):
+        if nprobe > lists.nlist:
+            raise ValueError(f"index.nprobe: {nprobe}, but the index has only {lists.nlist} lists")
+        lists.nprobe = nprobe
+    if ef_search is not None:
+        if graph is None:
             raise ValueError(_no_parameter("ef_search", index, "an HNSW index"))
-        graph.hnsw.efSearch = settings.ef_search
+        graph.hnsw.efSearch = ef_search
+
+
+def thoroughness(index: faiss.Index) -> list[tuple[str, int]]:
+    """Settings worth measuring of an index that can be searched more or less thoroughly; empty for one that cannot."""
+    lists = faiss.try_extract_index_ivf(index)
+    if lists is not None:
+        return [("nprobe", value) for value in NPROBES if value <= lists.nlist]
+    return [("ef_search", value) for value in EF_SEARCHES] if _graph(index) is not None else []
+
+
+def _graph(index: faiss.Index) -> faiss.Index | None:
+    """The HNSW graph that an index is, or by which an IVF index finds its lists."""
+    lists = faiss.try_extract_index_ivf(index)
+    graph = faiss.downcast_index(lists.quantizer) if lists else inner(index)
+    return graph if hasattr(graph, "hnsw") else None
 
 
 def _no_parameter(name: str, index: faiss.Index, owner: str) -> str:

@@ -17,6 +17,7 @@ from stages.corpus.token_store import TokenStore
 from stages.encoders.encoder import Encoder, padded_rows
 from stages.packed.packing import Packing
 from stages.search.passage_index import PassageIndex, describe_index, flat_index, write_index
+from stages.storage import manifest
 
 BATCH_TOKENS = {"cpu": 8192, "cuda": 32768}
 PASSAGES_A_TURN = 1024  # encoded between two looks at whether anybody still wants them
@@ -64,12 +65,13 @@ class PassageEncoder:
         return PassageEncoder(replace(self.encoder, model=model), self.tokens)
 
     def save(self, folder: Path) -> None:
-        """Writes context_encoder/ and index/, the vectors of all passages by these weights in data/index's format."""
+        """Writes context_encoder/ and index/, the vectors of all passages by these weights and their index."""
         self.encoder.save(folder / "context_encoder")
         self.encoder.model.eval()
         made = self.index(progress="encode by the kept weights")
         (folder / "index").mkdir(parents=True, exist_ok=True)
         np.save(folder / "index" / "vectors.npy", made.vectors.numpy())
+        manifest.record(folder / "index" / "vectors.npy")
         write_index(made.index, folder / "index")
         facts = {"factory": "Flat", "passages": len(self.tokens), "dimension": self.encoder.dimension}
-        describe_index(folder / "index", facts)
+        describe_index(folder / "index", facts, folder / "index")

@@ -28,7 +28,8 @@ from stages.search.index_kinds import (
 from stages.search.sharded_search import ShardedSearch
 from stages.storage import manifest
 
-FILES = ("index.faiss", "vectors.npy", "index.json")
+FILES = ("index.faiss", "index.json")
+INDEX_REMEDY, VECTORS_REMEDY = "run `dvc repro --force index`", "run `dvc repro --force encode`"
 SHARE_OF_FREE_MEMORY = 0.25
 NO_KERNELS = (
     f"faiss {faiss.__version__} has no kernels that run on this GPU; install faiss-gpu 1.14.3 or newer, which has them for "
@@ -190,19 +191,36 @@ def write_index(index: faiss.Index, folder: Path) -> None:
         raise ValueError(f"{folder / 'index.faiss'}: cannot be written ({reason(error)}); is the disk full?") from None
 
 
-def describe_index(folder: Path, facts: dict) -> None:
-    """Writes index.json and records the three files of an index by size and hash."""
+def describe_index(folder: Path, facts: dict, vectors: Path) -> None:
+    """Writes index.json, with the digest of the vectors.npy in the folder `vectors` that the index was made from, and
+    records what lies in `folder`."""
+    facts = facts | {"vectors": manifest.recorded(vectors, "vectors.npy")}
     (folder / "index.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     manifest.record(*(folder / name for name in FILES))
 
 
-def index_folder(model: Path, before: Path) -> Path:
-    """Where the vectors lie that belong to a trained model: in its own folder if its context encoder was trained."""
-    return model / "index" if (model / "index").is_dir() else before
+def index_folders(model: Path, index: Path, vectors: Path) -> tuple[Path, Path]:
+    """Where the index and its vectors lie that belong to a trained model: in its own folder if its context encoder was
+    trained, else in `index` and `vectors`."""
+    own = model / "index"
+    return (own, own) if own.is_dir() else (index, vectors)
 
 
-def load_index(folder: Path, settings: Index | None = None) -> PassageIndex:
-    """Opens what the index stage wrote, memory-mapped, with the search parameters of `settings` (nprobe, ef_search).
+def open_vectors(folder: Path) -> np.ndarray:
+    """The passages' vectors [N, d] fp32, memory-mapped. Raises ValueError where they are missing or damaged."""
+    file = folder / "vectors.npy"
+    if not file.is_file():
+        raise ValueError(f"{file}: not found; run `dvc repro` (or python -m stages.encode) first")
+    manifest.check(folder, ("vectors.npy",), VECTORS_REMEDY)
+    try:
+        return np.load(file, mmap_mode="c", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{folder}: damaged ({str(error).splitlines()[0]}); {VECTORS_REMEDY}") from None
+
+
+def load_index(folder: Path, vectors_folder: Path, settings: Index | None = None) -> PassageIndex:
+    """Opens an index and the vectors that it was made from, memory-mapped, with the search parameters of `settings`
+    (nprobe, ef_search).
 
     Raises ValueError where a part is missing, altered or does not fit the others, or where the index has no such
     parameter.
@@ -210,18 +228,20 @@ def load_index(folder: Path, settings: Index | None = None) -> PassageIndex:
     for name in FILES:
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name}: not found; run `dvc repro` (or python -m stages.index) first")
-    remedy = "run `dvc repro --force index`"
-    manifest.check(folder, FILES, remedy)
+    manifest.check(folder, FILES, INDEX_REMEDY)
+    vectors = open_vectors(vectors_folder)
     try:
         index = opened(folder / "index.faiss")
-        vectors = np.load(folder / "vectors.npy", mmap_mode="c", allow_pickle=False)
+        facts = json.loads((folder / "index.json").read_text(encoding="utf-8"))
     except (RuntimeError, ValueError, EOFError) as error:
-        raise ValueError(f"{folder}: damaged ({str(error).splitlines()[0]}); {remedy}") from None
+        raise ValueError(f"{folder}: damaged ({str(error).splitlines()[0]}); {INDEX_REMEDY}") from None
     if (index.ntotal, index.d) != vectors.shape:
         raise ValueError(
-            f"{folder}: index.faiss holds {index.ntotal} vectors of {index.d} dimensions, vectors.npy {vectors.shape[0]} of "
-            f"{vectors.shape[1]}; {remedy}"
+            f"{folder}: index.faiss holds {index.ntotal} vectors of {index.d} dimensions, {vectors_folder / 'vectors.npy'} "
+            f"{vectors.shape[0]} of {vectors.shape[1]}; {INDEX_REMEDY}"
         )
+    if facts.get("vectors") != manifest.recorded(vectors_folder, "vectors.npy"):
+        raise ValueError(f"{folder}: made from other vectors than those in {vectors_folder}; {INDEX_REMEDY}")
     if settings is not None:
-        set_search_parameters(index, settings)
+        set_search_parameters(index, settings.nprobe, settings.ef_search)
     return PassageIndex(index, torch.from_numpy(vectors))

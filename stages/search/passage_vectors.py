@@ -40,13 +40,13 @@ def encode_passages(
     encoder: Encoder, passages: "Dataset", passage_tokens: int, batch_tokens: int, device: torch.device, folder: Path,
     shard: int = SHARD,
 ) -> Path:  # fmt: skip
-    """Writes the passages' vectors as `folder/index/vectors.npy`, fp32 [N, d], and returns its path.
+    """Writes the passages' vectors as `folder/vectors/vectors.npy`, fp32 [N, d], and returns its path.
 
     `folder` belongs to these passages, this encoder and these settings alone. A finished shard that is there already,
     and whose hash is right, is not encoded again; a shard's vectors do not depend on whether that happened. Returns on
     every rank when all vectors are there.
     """
-    file = folder / "index" / "vectors.npy"
+    file = folder / "vectors" / "vectors.npy"
     file.parent.mkdir(parents=True, exist_ok=True)
     if ranks.is_main():
         start = _prepare(file, (len(passages), encoder.dimension))

@@ -7,13 +7,13 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 FOLDER = ".checkpoints"
-WAIT_SECONDS = 20
 
 
-def lock(root: Path, name: str, wait: float = WAIT_SECONDS) -> FileLock:
-    """Takes the checkpoints of a fingerprint for this process until it ends, however it ends.
+def lock(root: Path, name: str, doing: str = "trains") -> FileLock:
+    """Takes what belongs to a fingerprint for this process until it ends, however it ends.
 
-    Waits a little, because a training that was asked to end writes a checkpoint first. ValueError: another has them.
+    Where another process has it, waits until that one ends: what it finishes is then found, what it leaves unfinished is
+    gone on with.
     """
     file = root / FOLDER / f"{name}.lock"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -21,14 +21,8 @@ def lock(root: Path, name: str, wait: float = WAIT_SECONDS) -> FileLock:
     try:
         taken.acquire(timeout=0)
     except Timeout:
-        print("another process trains exactly this; waiting for a moment whether it ends")
-        try:
-            taken.acquire(timeout=wait)
-        except Timeout:
-            raise ValueError(
-                f"{file.with_suffix('')}: another process is training exactly this recipe on these inputs; wait for it, or "
-                "end it and start again to go on from its checkpoint"
-            ) from None
+        print(f"another process {doing} exactly this ({file.with_suffix('')}): waits for it", flush=True)
+        taken.acquire()
     return taken
 
 
@@ -69,9 +63,18 @@ def differences(old: dict, new: dict) -> str:
 
 
 def drop_finished(root: Path, name: str) -> None:
-    """Deletes what a finished training kept: a later stage runs, so DVC has the model."""
-    if (root / FOLDER / name / "finished").is_dir():
-        shutil.rmtree(root / FOLDER / name, ignore_errors=True)
+    """Deletes what a finished training kept: a later stage runs, so DVC has the model.
+
+    Not while another process holds it, which has waited for the very same training; its own later stage comes here too.
+    """
+    if not (root / FOLDER / name / "finished").is_dir():
+        return
+    held = FileLock(root / FOLDER / f"{name}.lock")
+    try:
+        with held.acquire(timeout=0):
+            shutil.rmtree(root / FOLDER / name, ignore_errors=True)
+    except Timeout:
+        return
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -33,6 +33,12 @@ def record_folder(folder: Path) -> None:
     write_json(folder / MANIFEST, {file.relative_to(folder).as_posix(): _facts(file) for file in files})
 
 
+def recorded(folder: Path, name: str) -> str | None:
+    """The digest of a file that the manifest of its folder holds, or None."""
+    facts = _read(folder).get(name)
+    return facts["xxh3"] if isinstance(facts, dict) and "xxh3" in facts else None
+
+
 def damage(folder: Path, names: tuple[str, ...] | None = None, whole: bool = False) -> str | None:
     """What is wrong with the named files of `folder` (None: with all that were recorded), or None.
 

@@ -228,14 +228,14 @@ def test_two_ranks_encode_the_same_bytes_and_one_goes_on_from_their_lists(tmp_pa
         whole = encode(tmp_path / "whole").read_bytes()
     folder = tmp_path / "ranks"
     done(start("encode", folder, 2))
-    assert (folder / "index/vectors.npy").read_bytes() == whole
+    assert (folder / "vectors/vectors.npy").read_bytes() == whole
     lists = [json.loads((folder / name).read_text()) for name in ("shards.json", "shards-1.json")]
     assert [sorted(map(int, one)) for one in lists] == [[0, 2 * SHARD, 4 * SHARD], [SHARD, 3 * SHARD]]
     del lists[1][str(SHARD)]
     (folder / "shards-1.json").write_text(json.dumps(lists[1]))
     size = SHARD * 256 * 4
     start_of_shard = len(whole) - 5 * size + size
-    (folder / "index/vectors.npy").write_bytes(whole[:start_of_shard] + bytes(size) + whole[start_of_shard + size :])
+    (folder / "vectors/vectors.npy").write_bytes(whole[:start_of_shard] + bytes(size) + whole[start_of_shard + size :])
     with one_thread():
         assert encode(folder).read_bytes() == whole
     assert list(folder.glob("shards-*")) == [] and len(json.loads((folder / "shards.json").read_text())) == 5

@@ -36,7 +36,7 @@ def test_kinds_search_by_inner_product_and_survive_the_disk(tmp_path, factory):
     assert inner(index).metric_type == faiss.METRIC_INNER_PRODUCT and index.ntotal == len(VECTORS)
     np.save(tmp_path / "vectors.npy", VECTORS)
     save_index(tmp_path, index, {"factory": factory})
-    loaded = load_index(tmp_path, settings())
+    loaded = load_index(tmp_path, tmp_path, settings())
     assert np.array_equal(loaded.search(torch.from_numpy(QUERIES), 5), index.search(QUERIES, 5)[1])
 
 
@@ -64,7 +64,11 @@ def test_search_parameters_reach_the_index_wherever_it_is_loaded(tmp_path):
     exact = np.argsort(-(QUERIES @ VECTORS.T), axis=1)[:, :5]
 
     def found(**changes):
-        rows = load_index(tmp_path, settings(**changes)).search(torch.from_numpy(QUERIES), 5).numpy()
+        rows = (
+            load_index(tmp_path, tmp_path, settings(factory="IVF16,Flat", **changes))
+            .search(torch.from_numpy(QUERIES), 5)
+            .numpy()
+        )
         return np.mean([len(set(a) & set(b)) for a, b in zip(rows, exact, strict=True)])
 
     assert found() == found(nprobe=1) < found(nprobe=4) < found(nprobe=16) == 5
@@ -73,7 +77,7 @@ def test_search_parameters_reach_the_index_wherever_it_is_loaded(tmp_path):
 @pytest.mark.parametrize("factory", ["HNSW8", "IDMap,HNSW8", "OPQ4,HNSW8", "IVF16_HNSW8,Flat"])
 def test_ef_search_reaches_the_graph(factory):
     index = build_index(VECTORS, factory)
-    set_search_parameters(index, settings(ef_search=77))
+    set_search_parameters(index, ef_search=77)
     lists = faiss.try_extract_index_ivf(index)
     assert faiss.downcast_index(lists.quantizer if lists else inner(index)).hnsw.efSearch == 77
 
@@ -84,13 +88,13 @@ def test_ef_search_reaches_the_graph(factory):
 )
 def test_a_parameter_that_the_kind_does_not_have_is_named(factory, name):
     with pytest.raises(ValueError, match=f"index.{name}: .*has no such parameter.*null") as error:
-        set_search_parameters(empty_index(16, factory, 600), settings(**{name: 4}))
+        set_search_parameters(empty_index(16, factory, 600), **{name: 4})
     assert "\n" not in str(error.value)
 
 
 def test_more_probes_than_lists():
     with pytest.raises(ValueError, match="index.nprobe: 9, but the index has only 8 lists"):
-        set_search_parameters(empty_index(16, "IVF8,Flat", 600), settings(nprobe=9))
+        set_search_parameters(empty_index(16, "IVF8,Flat", 600), nprobe=9)
 
 
 def test_recall_against_exact_search_counts_by_score():

@@ -57,7 +57,7 @@ def write(folder):
 
 def test_round_trip(tmp_path):
     write(tmp_path)
-    index = load_index(tmp_path)
+    index = load_index(tmp_path, tmp_path)
     assert torch.equal(index.vectors, torch.from_numpy(VECTORS)) and index.index.ntotal == 600
 
 
@@ -66,7 +66,7 @@ def test_missing_parts_are_named(tmp_path, file):
     write(tmp_path)
     (tmp_path / file).unlink()
     with pytest.raises(ValueError, match=f"{file}: not found"):
-        load_index(tmp_path)
+        load_index(tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize("file", ["index.faiss", "vectors.npy"])
@@ -75,7 +75,7 @@ def test_cut_files_are_damaged(tmp_path, file):
     path = tmp_path / file
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(ValueError, match="damaged") as error:
-        load_index(tmp_path)
+        load_index(tmp_path, tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -84,7 +84,7 @@ def test_a_broken_or_altered_description_is_damage(tmp_path, content):
     write(tmp_path)
     (tmp_path / "index.json").write_text(content)
     with pytest.raises(ValueError, match="damaged .index.json.*; run `dvc repro --force index`") as error:
-        load_index(tmp_path)
+        load_index(tmp_path, tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -94,7 +94,7 @@ def test_one_altered_byte_is_damage(tmp_path):
     content[3000] ^= 1
     (tmp_path / "vectors.npy").write_bytes(content)
     with pytest.raises(ValueError, match="damaged .vectors.npy was altered"):
-        load_index(tmp_path)
+        load_index(tmp_path, tmp_path)
 
 
 def test_a_new_index_takes_the_old_ones_place(tmp_path):
@@ -104,7 +104,10 @@ def test_a_new_index_takes_the_old_ones_place(tmp_path):
     (tmp_path / "index" / "old").write_text("old")
     put_in_place(tmp_path / "work", tmp_path / "index")
     assert [folder.name for folder in tmp_path.iterdir()] == ["index"]
-    assert load_index(tmp_path / "index").index.ntotal == 600 and not (tmp_path / "index" / "old").exists()
+    assert (
+        load_index(tmp_path / "index", tmp_path / "index").index.ntotal == 600
+        and not (tmp_path / "index" / "old").exists()
+    )
 
 
 def test_parts_that_do_not_belong_together(tmp_path):
@@ -112,7 +115,7 @@ def test_parts_that_do_not_belong_together(tmp_path):
     np.save(tmp_path / "vectors.npy", VECTORS[:-1])
     save_index(tmp_path, build_index(VECTORS, "Flat"), {"factory": "Flat"})
     with pytest.raises(ValueError, match="600 vectors.*599"):
-        load_index(tmp_path)
+        load_index(tmp_path, tmp_path)
 
 
 def test_a_faiss_whose_kernels_abort_on_this_gpu_searches_on_the_cpu(monkeypatch, capfd):

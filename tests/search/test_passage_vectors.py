@@ -100,5 +100,5 @@ def test_a_killed_process_goes_on_and_ends_with_the_same_bytes(whole, tmp_path):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
-    assert (tmp_path / "index" / "vectors.npy").read_bytes() != whole.read_bytes()
+    assert (tmp_path / "vectors" / "vectors.npy").read_bytes() != whole.read_bytes()
     assert encode(tmp_path).read_bytes() == whole.read_bytes()

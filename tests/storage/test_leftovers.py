@@ -66,19 +66,41 @@ def test_a_finished_training_goes_once_the_next_stage_runs_and_an_unfinished_one
     assert not checkpoints.folder.exists()
 
 
-def test_two_at_once_get_one_clear_line_and_a_killed_owner_leaves_no_lock(tmp_path):
-    code = (
-        "import sys, time; from pathlib import Path; from stages.storage import leftovers\n"
-        "held = leftovers.lock(Path(sys.argv[1]), 'abc'); print('held', flush=True); time.sleep(60)"
-    )
-    owner = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True
-    )
+HOLD = (
+    "import sys, time; from pathlib import Path; from stages.storage import leftovers\n"
+    "held = leftovers.lock(Path(sys.argv[1]), sys.argv[2]); print('held', flush=True); time.sleep(float(sys.argv[3]))"
+)
+
+
+def hold(folder, name, seconds):
+    return subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder), name, str(seconds)], cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_the_second_of_two_waits_for_the_first_and_a_killed_owner_leaves_no_lock(tmp_path):
+    owner = hold(tmp_path, "abc", 60)
     assert owner.stdout.readline() == "held\n"
-    with pytest.raises(ValueError, match="abc: another process is training exactly this"):
-        leftovers.lock(tmp_path, "abc", wait=0.1)
-    leftovers.lock(tmp_path, "other", wait=0.1).release()
+    leftovers.lock(tmp_path, "other").release()
+    second = hold(tmp_path, "abc", 0)
+    assert "another process trains exactly this" in second.stdout.readline() and second.poll() is None
+    owner.kill()
+    owner.wait()
+    assert second.stdout.readline() == "held\n" and second.wait(10) == 0
+    for process in (owner, second):
+        process.stdout.close()
+
+
+def test_what_a_waiting_process_will_read_is_not_dropped(tmp_path, inputs):
+    name, _, checkpoints = training(tmp_path, inputs, 1e-3)
+    checkpoints.finish({"w": torch.ones(2)}, {})
+    owner = hold(tmp_path, name, 60)
+    assert owner.stdout.readline() == "held\n"
+    leftovers.drop_finished(tmp_path, name)
+    assert checkpoints.is_finished()
     owner.kill()
     owner.wait()
     owner.stdout.close()
-    leftovers.lock(tmp_path, "abc", wait=5).release()
+    leftovers.drop_finished(tmp_path, name)
+    assert not checkpoints.folder.exists()

@@ -21,7 +21,7 @@ from stages.machine.signals import Interrupted
 from stages.rag.folder import load_rag_parts, save_rag
 from stages.rag.model import open_rag
 from stages.search.passage_encoder import PassageEncoder
-from stages.search.passage_index import index_folder, load_index
+from stages.search.passage_index import index_folders, load_index
 from stages.storage.checkpoints import Checkpoints, own_weights
 from stages.training.index_refresh import Refresh, check_ranks
 from stages.training.optimizer import make_optimizer
@@ -307,7 +307,7 @@ def test_the_index_that_a_training_leaves_belongs_to_the_weights_that_it_leaves(
         assert trainer.progress.best_step > 0
     save_rag(trainer.rag, tmp_path / "model", "sequence")
     encoder = load_encoder(str(tmp_path / "model/context_encoder"), "models.context_encoder", DPRContextEncoder)
-    index = load_index(tmp_path / "model/index")
+    index = load_index(tmp_path / "model/index", tmp_path / "model/index")
     expected = vectors_by(trainer.rag, encoder.model.state_dict())
     torch.testing.assert_close(index.vectors, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(index.index.reconstruct_n(0, 9), expected.numpy(), rtol=1e-5, atol=1e-5)
@@ -337,13 +337,16 @@ def test_a_finished_training_is_written_again_as_it_was(tmp_path):
 def test_the_models_own_index_is_used_and_a_damaged_one_is_named(tmp_path):
     before = tmp_path / "index"
     save_rag(tiny_rag(), tmp_path / "without", "sequence")
-    assert index_folder(tmp_path / "without", before) == before
+    assert index_folders(tmp_path / "without", before, tmp_path / "vectors") == (before, tmp_path / "vectors")
     save_rag(refreshing_rag(), tmp_path / "model", "sequence")
-    assert index_folder(tmp_path / "model", before) == tmp_path / "model/index"
+    assert index_folders(tmp_path / "model", before, before) == (tmp_path / "model/index",) * 2
     vectors = np.load(tmp_path / "model/index/vectors.npy")
     vectors[0, 0] += 1
     np.save(tmp_path / "model/index/vectors.npy", vectors)
-    for read in (lambda: load_index(tmp_path / "model/index"), lambda: load_rag_parts(tmp_path / "model")):
+    for read in (
+        lambda: load_index(tmp_path / "model/index", tmp_path / "model/index"),
+        lambda: load_rag_parts(tmp_path / "model"),
+    ):
         with pytest.raises(ValueError, match="damaged .*vectors.npy was altered"):
             read()
 

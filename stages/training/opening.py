@@ -1,0 +1,108 @@
+"""What a training starts from: its questions, the model over the pipeline's files, the trainer."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import DPRContextEncoder
+
+from stages.bm25.hits import read_hits
+from stages.compute import ranks
+from stages.compute.precision import mixed_precision
+from stages.corpus.arrow import read_rows
+from stages.encoders.encoder import load_encoder
+from stages.encoders.mining import tokenize_passages
+from stages.generation.lora import add_lora
+from stages.params import Params
+from stages.rag import folder
+from stages.rag.batches import Examples
+from stages.rag.model import Rag, open_rag_on
+from stages.search.passage_encoder import PassageEncoder
+from stages.storage.checkpoints import digest
+from stages.storage.outside_files import find
+from stages.training import fsdp
+from stages.training.index_refresh import check_ranks
+from stages.training.skipped_steps import Skips
+from stages.training.trainer import Trainer
+from stages.training.workplace import Workplace
+
+PREPARED, TOKENS, LEXICAL = Path("data/prepared"), Path("data/tokens"), Path("data/lexical")
+RETRIEVER, VECTORS, INDEX = Path("data/retriever"), Path("data/vectors"), Path("data/index")
+SPLITS = ("train", "validation")
+
+
+def open_rows() -> dict[str, Dataset]:
+    """Passages and the questions of both splits."""
+    return {name: read_rows(PREPARED / f"{name}.arrow") for name in ("passages", *SPLITS)}
+
+
+def data_sets() -> Iterator[tuple[str, str, str, str, dict]]:
+    """What was trained and validated on: name, digest, file, context and facts of each."""
+    for name, rows in open_rows().items():
+        file = PREPARED / f"{name}.arrow"
+        yield name, digest(file), str(file), name, {"rows": len(rows)}
+
+
+def inputs_of(params: Params) -> list[Path]:
+    """The files that decide what comes out, for the fingerprint."""
+    encoders = ["question_encoder", *(["context_encoder"] if params.train.index_refresh_steps else [])]
+    generator = find(params.models.generator)
+    return [
+        PREPARED, TOKENS, *(RETRIEVER / encoder for encoder in encoders), VECTORS, INDEX,
+        *([LEXICAL] if params.retriever.hybrid_depth else []), *([generator] if generator.exists() else []),
+    ]  # fmt: skip
+
+
+def build_rag(
+    params: Params, device: torch.device, passages: Dataset, sharded: fsdp.Sharding | None
+) -> tuple[Rag, str]:
+    """The model on its device, ready to train, and accelerate's name of its precision.
+
+    Raises ValueError where parameters, files and number of ranks do not go together.
+    """
+    check_ranks(params.train.index_refresh_steps, ranks.world())
+    encoder, generator = folder.load_base_parts(
+        str(RETRIEVER / "question_encoder"), str(find(params.models.generator)), params.models.chat_template
+    )
+    torch.manual_seed(params.train.seed)
+    if params.models.lora:
+        add_lora(generator.model, params.models.lora)
+    passage_encoder = None
+    if params.train.index_refresh_steps:
+        of_passages = load_encoder(str(RETRIEVER / "context_encoder"), "models.context_encoder", DPRContextEncoder)
+        tokens = tokenize_passages(of_passages, passages, params.lengths.passage_tokens)
+        passage_encoder = PassageEncoder(of_passages, tokens)
+    precision = mixed_precision(params.recipe.precision, device)
+    rag = open_rag_on(
+        (encoder, generator), (INDEX, VECTORS), TOKENS, params, device, passage_encoder, models_move=sharded is None
+    )
+    if sharded:
+        fsdp.shard(rag, sharded, device, precision)
+        if ranks.is_main():
+            print("FSDP: padded forward passes, without CUDA graphs and without train.compile")
+    if params.train.compile and rag.packed:
+        rag.packed.compile()
+    # Gradient checkpointing reads the random state on its way back, which a graph cannot.
+    if params.runtime.cuda_graphs and device.type == "cuda" and not params.train.gradient_checkpointing:
+        rag.record_graphs()
+    return rag, precision
+
+
+def open_examples(params: Params, rag: Rag, rows: dict[str, Dataset]) -> dict[str, Examples]:
+    """Both splits' questions with their first answers and, where retrieval is hybrid, their hits."""
+    examples = {}
+    for split in SPLITS:
+        some = rows[split]
+        hits = read_hits(LEXICAL, split, params.retriever.hybrid_depth, len(some), len(rows["passages"]))
+        examples[split] = rag.examples(list(some["question"]), [answers[0] for answers in some["answers"]], hits)
+    return examples
+
+
+def make_trainer(params: Params, rag: Rag, precision: str, workplace: Workplace, names: list[str]) -> Trainer:
+    """The trainer of this recipe; `names` are the training questions' ids, for what it has to say of them."""
+    skips = Skips(params.train.max_skipped_steps, names, workplace.skipped)
+    return Trainer(
+        rag, params.recipe, params.train, precision, params.train.seed, workplace.checkpoints, skips,
+        keep_threads=bool(params.runtime.threads),
+    )  # fmt: skip
