@@ -24,7 +24,7 @@ $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 install: $(VENV)/.installed  ## create .venv and install what the pipeline needs
 install-dev: $(VENV)/.installed-dev  ## the same with the tools for development
 
-repro: install  ## run the pipeline: prepare, retriever, index, train, evaluate
+repro: install  ## run the pipeline on what params.yaml says, the embedded sample as shipped
 	dvc repro
 	@echo
 	@cat metrics/eval.json
@@ -59,13 +59,14 @@ clean:  ## remove what can be made again (never data/tiny, never MLflow's store)
 	rm -rf .checkpoints .pytest_cache .ruff_cache build *.egg-info
 
 .PHONY: chaos unlock audit
-chaos: install-dev  ## kill the pipeline at 20 random points, compare what comes out (takes a while)
+# For who works on the project itself.
+chaos: install-dev  ## (development) kill the pipeline at 20 random points, compare what comes out
 	python -m stages.chaos
 
-unlock: install  ## mend dvc.lock and DVC's rwlock where a killed DVC left them half written
+unlock: install  ## (development) mend dvc.lock and DVC's rwlock where a killed DVC left them half written
 	python -m stages.unlock
 
-audit: install-dev  ## known vulnerabilities of the installed packages; reports, never fails
+audit: install-dev  ## (development) known vulnerabilities of the installed packages; reports, never fails
 	@out=$$(pip-audit --progress-spinner off --skip-editable 2>&1); code=$$?; echo "$$out"; \
 	left=$$(echo "$$out" | grep -c 'could not be audited'); \
 	test "$$left" = 0 || echo "audit: the advisory service gave no answer about $$left packages: nothing is known about them"; \
