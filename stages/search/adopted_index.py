@@ -12,7 +12,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from stages.search.index_kinds import ROWS_A_CHUNK, inner, opened, reason
+from stages.search.faiss_files import ROWS_A_CHUNK, inner, opened, reason
 
 KEY = "index.import_path"
 SMALLEST_FILE = 32  # bytes; less holds no header

@@ -1,11 +1,10 @@
-"""Kinds of FAISS index: built from a factory string, opened from a file, told how thoroughly to search."""
-
-from pathlib import Path
+"""Kinds of FAISS index: built from a factory string, told how thoroughly to search."""
 
 import faiss
 import numpy as np
 
-ROWS_A_CHUNK = 65536
+from stages.search.faiss_files import ROWS_A_CHUNK, inner, reason
+
 TRAIN_SIZE = 200_000
 NPROBES, EF_SEARCHES = (1, 4, 16, 64, 256), (16, 64, 256)
 
@@ -67,23 +66,6 @@ def train(index: faiss.Index, vectors: np.ndarray, factory: str, train_size: int
         ) from None
 
 
-def opened(file: Path) -> faiss.Index:
-    """Reads an index, memory-mapped as far as FAISS can. Raises RuntimeError as FAISS does."""
-    return faiss.read_index(str(file), getattr(faiss, "IO_FLAG_MMAP_IFC", 0))
-
-
-def inner(index: faiss.Index) -> faiss.Index:
-    """The index that holds the vectors, below id maps, transformations and refinement."""
-    index = faiss.downcast_index(index)
-    while True:
-        if isinstance(index, faiss.IndexIDMap | faiss.IndexIDMap2 | faiss.IndexPreTransform):
-            index = faiss.downcast_index(index.index)
-        elif isinstance(index, faiss.IndexRefine):
-            index = faiss.downcast_index(index.base_index)
-        else:
-            return index
-
-
 def set_search_parameters(index: faiss.Index, nprobe: int | None = None, ef_search: int | None = None) -> None:
     """Sets nprobe and ef_search; None leaves FAISS's default. Raises ValueError where the index has no such parameter."""
     lists, graph = faiss.try_extract_index_ivf(index), _graph(index)
@@ -117,8 +99,3 @@ def _graph(index: faiss.Index) -> faiss.Index | None:
 def _no_parameter(name: str, index: faiss.Index, owner: str) -> str:
     kind = type(inner(index)).__name__.removeprefix("Index")
     return f"index.{name}: the index is of kind {kind}, which has no such parameter ({owner} has); set it to null"
-
-
-def reason(error: Exception) -> str:
-    """What a FAISS exception says, in one line."""
-    return str(error).strip().splitlines()[-1][:200]

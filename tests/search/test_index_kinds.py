@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from stages.params import Index
-from stages.search.index_kinds import build_index, empty_index, inner, set_search_parameters
+from stages.search.faiss_files import inner
+from stages.search.index_kinds import build_index, empty_index, set_search_parameters
 from stages.search.index_quality import recall_of_exact
 from stages.search.passage_index import load_index
 from tests.tiny_rag import save_index
