@@ -42,11 +42,13 @@ compare: install  ## both recipes as DVC experiments `old` and `new`, then what 
 ablate: install  ## every bug of the old recipe put back alone, three seeds each, through DVC's queue
 	python -m stages.compare ablation --seeds 3
 
+# A worker a core, one thread each: two test runs with several threads each slow each other down tenfold.
+PYTEST := OMP_NUM_THREADS=1 python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 test: install-dev  ## the fast tests
-	python -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test-all: install-dev  ## all tests
-	python -m pytest
+	$(PYTEST)
 
 check: install-dev  ## ruff
 	ruff check .
