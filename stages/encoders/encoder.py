@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from stages.corpus.text_tokens import special_ids, text_rows
 from stages.corpus.token_store import TokenStore
 from stages.encoders.packed_bert import PackedBert
 from stages.encoders.sentence_layout import SentenceLayout, read_layout, write_layout
@@ -95,8 +96,7 @@ class Encoder:
 
     def _rows(self, first, second, limit, truncation) -> list[list[int]]:
         limit = min(limit, self._positions, self.max_tokens or limit)
-        ids_alone = {"return_attention_mask": False, "return_token_type_ids": False}  # a sixth of the time less
-        return self.tokenizer(first, second, truncation=truncation, max_length=limit, **ids_alone)["input_ids"]
+        return text_rows(self.tokenizer, first, second, truncation=truncation, max_length=limit)
 
     @property
     def _positions(self) -> int:
@@ -281,6 +281,12 @@ def load_encoder(
     if pooling == "auto":
         pooling = layout.pooling or "cls"
     question_prefix, passage_prefix = prefixes or (layout.query_prefix, layout.passage_prefix)
+    for prefix in (question_prefix, passage_prefix):
+        if special_ids(tokenizer) & set(tokenizer(prefix, add_special_tokens=False)["input_ids"]):
+            raise ValueError(
+                f"{key}: the prefix '{prefix}' names a special token of the tokenizer in '{path_or_name}', but prefixes "
+                "are read as text; give models.question_prefix and models.passage_prefix without it"
+            )
     return Encoder(
         model.eval(), tokenizer, "dpr" if is_dpr else pooling, layout.normalize if normalize == "auto" else normalize,
         question_prefix, passage_prefix, layout.max_tokens,

@@ -142,4 +142,5 @@ def _chat_frame(tokenizer) -> tuple[list[int], list[int]]:
     except (ValueError, TemplateError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"models.chat_template: the generator's tokenizer has no usable one ({reason})") from None
-    return tuple(token_rows(tokenizer, [before, after]))
+    # Not as text: special tokens begin and end a turn.
+    return tuple(tokenizer([before, after], add_special_tokens=False, verbose=False)["input_ids"])

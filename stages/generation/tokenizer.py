@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from torch import BoolTensor, LongTensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from stages.corpus.text_tokens import text_rows
+
 
 def load_tokenizer(path_or_name: str) -> PreTrainedTokenizerBase:
     """A generator's tokenizer alone, for tokenizing passages ahead of training. ValueError where there is none.
@@ -53,9 +55,8 @@ def from_pretrained(auto_class, source: str, named: str, **options):
 
 
 def token_rows(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text without special tokens."""
-    # verbose=False: lengths are cut by the caller, the tokenizer need not warn about them.
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    """Token ids of each text without special tokens, also where it spells one."""
+    return text_rows(tokenizer, texts, add_special_tokens=False)
 
 
 def passage_tokens(tokenizer: PreTrainedTokenizerBase, titles: list[str], texts: list[str]) -> list[list[int]]:

@@ -172,6 +172,7 @@ def build_arrays(
         ("encoder", encoder_vocab, True, "", ""),
     ):
         tokenizer = train_tokenizer(sample, vocab, lowercase)
+        tokenizer.backend_tokenizer.encode_special_tokens = True  # "</s>" in a text is text
         folder = work / model
         tokenizer.save_pretrained(folder / "tokenizer")
         arrays = passages_with_spans(tokenizer, passages, layout)
