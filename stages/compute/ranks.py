@@ -161,12 +161,14 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 def _buckets(parameters: list[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
     """The parameters in their order, cut where a bucket is full or the type changes."""
     bucket: list[torch.nn.Parameter] = []
+    held = 0
     for parameter in parameters:
-        full = sum(one.numel() for one in bucket) + parameter.numel() > BUCKET
+        full = held + parameter.numel() > BUCKET
         if bucket and (full or parameter.dtype != bucket[0].dtype):
             yield bucket
-            bucket = []
+            bucket, held = [], 0
         bucket.append(parameter)
+        held += parameter.numel()
     if bucket:
         yield bucket
 

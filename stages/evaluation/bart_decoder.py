@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import LongTensor, Tensor, nn
 
-from stages.generation.packed_bart import in_rows_of_8
+from stages.generation.vocabulary import in_rows_of_8
 
 ROOM = 8  # tokens that a hypothesis has room for at first; doubled where it gets longer
 

@@ -5,19 +5,15 @@ written here, because theirs goes over padded rows.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stages.generation import marginalization
+from stages.generation.vocabulary import token_log_probs
 from stages.packed.cuda_graphs import CudaGraphs
 from stages.packed.packing import PackedAnswers, Packing, attention
-
-# Most logits to hold at once in the loss: 2**24 are 64 MB in fp32. More are computed again in the backward pass.
-LOGITS_AT_ONCE = 2**24
 
 
 def _attend(module: nn.Module, asking_states: Tensor, asked_states: Tensor, asking, asked, causal=False) -> Tensor:
@@ -99,7 +95,8 @@ class PackedBart:
         states = self._embed(self.model.model.decoder, packed.read, answers)
         for layer in self.model.model.decoder.layers:
             states = self._through(self.decoder_layer, layer, states, contexts, answers, tokens)
-        return self._score(states, packed.targets, label_smoothing)
+        head, bias = self.model.lm_head, self.model.final_logits_bias[0]
+        return token_log_probs(head, bias, states, packed.targets, label_smoothing)
 
     def contexts(self, ids: Tensor, tokens: Packing) -> Tensor:
         """The encoder's states [tokens, H] of packed contexts."""
@@ -118,46 +115,3 @@ class PackedBart:
         position = F.embedding(packing.positions + stack.embed_positions.offset, stack.embed_positions.weight)
         states = stack.layernorm_embedding(stack.embed_tokens(ids) + position)
         return F.dropout(states, stack.dropout, stack.training)
-
-    def _score(self, states: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
-        vocab = self.model.config.vocab_size
-        head, bias = self._head(states)
-
-        def score(states: Tensor, targets: Tensor) -> Tensor:
-            logits = head(states) + bias
-            if label_smoothing:
-                logits = logits[:, :vocab]
-            return marginalization.token_log_probs(logits[None, None], targets[None], label_smoothing)[0, 0]
-
-        rows = max(1, LOGITS_AT_ONCE // vocab)
-        if len(states) <= rows:
-            return score(states, targets)
-        return torch.cat(
-            [
-                checkpoint(score, *pair, use_reentrant=False, preserve_rng_state=False)
-                for pair in zip(states.split(rows), targets.split(rows), strict=True)
-            ]
-        )
-
-    def _head(self, states: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-        """The projection to the vocabulary and its bias, for all pieces of the loss; on a GPU cast once and in rows of 8."""
-        head, bias = self.model.lm_head, self.model.final_logits_bias[0]
-        if not states.is_cuda or type(head) is not nn.Linear:  # an adapter's module is more than its weights
-            return head, bias
-        weight = head.weight
-        if torch.is_autocast_enabled("cuda"):
-            weight = weight.to(torch.get_autocast_dtype("cuda"))
-        weight, bias = in_rows_of_8(weight, bias)
-        return partial(F.linear, weight=weight), bias
-
-
-def in_rows_of_8(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [V, H] and bias [V] of the projection to the vocabulary, filled up by impossible words to a multiple of 8.
-
-    Their logits are -inf: behind V, no log p and no gradient changes. A GPU's matrix products are several times slower
-    where the vocabulary's size is odd, as BART's is.
-    """
-    missing = -len(weight) % 8
-    if not missing:
-        return weight, bias
-    return F.pad(weight, (0, 0, 0, missing)), F.pad(bias, (0, missing), value=float("-inf"))

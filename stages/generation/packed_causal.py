@@ -1,7 +1,8 @@
 """Decoder-only models without padding: prompts with their answers side by side in one row (packing.py).
 
-The library's own forward pass runs over that row; only its attention is ours, through its registry of attention
-functions (transformers.AttentionInterface), so that every family keeps its own layers, scalings and positions.
+The library's own layers run over that row; only their attention is ours, through its registry of attention functions
+(transformers.AttentionInterface), so that every family keeps its own layers and positions. The head's logits are made
+in pieces (vocabulary.py).
 """
 
 import torch
@@ -11,12 +12,13 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from stages.generation import marginalization
 from stages.generation.causal import Causal
+from stages.generation.vocabulary import token_log_probs
 from stages.packed.cuda_graphs import CudaGraphs
 from stages.packed.packing import PackedAnswers, Packing, attention
 
-# Their layers hand what they do not know on to the attention function, and read nothing but positions besides.
+# Their layers hand what they do not know on to the attention function, and read nothing but positions besides. Their
+# logits are what the head says: nothing scales or caps them behind it, as in Gemma 2, Cohere and Granite.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 NAME = "packed"
 
@@ -89,23 +91,15 @@ class PackedCausal:
 
     def log_probs(self, packed: PackedAnswers, label_smoothing: float) -> Tensor:
         """log p [answers] of each answer token, in fp32."""
-        logits = self._logits(packed.ids, packed.tokens, packed.read)
-        return marginalization.token_log_probs(logits[None], packed.targets[None], label_smoothing)[0, 0]
+        states = self._states(packed.ids, packed.tokens)[packed.read]
+        return token_log_probs(self.model.get_output_embeddings(), None, states, packed.targets, label_smoothing)
 
-    def _logits(self, ids: Tensor, tokens: Packing, predicting: Tensor) -> Tensor:
-        """[1, predicting, V], by the whole model, so that its scalings and caps stay the library's."""
-
-        def select(_, arguments):
-            states, *others = arguments
-            return states[:, predicting], *others
-
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(select)
+    def _states(self, ids: Tensor, tokens: Packing) -> Tensor:
+        """The last layer's states [tokens, H], normalised, as the head reads them."""
         # A mask of four dimensions is handed on as it is; our attention needs none, and one over all tokens is huge.
         unused = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=ids.device)
-        try:
-            return self.model(
-                input_ids=ids[None], position_ids=tokens.positions[None], attention_mask=unused, packing=tokens,
-                use_cache=False,
-            ).logits  # fmt: skip
-        finally:
-            hook.remove()
+        output = self.model.get_decoder()(
+            input_ids=ids[None], position_ids=tokens.positions[None], attention_mask=unused, packing=tokens,
+            use_cache=False,
+        )  # fmt: skip
+        return output.last_hidden_state[0]

@@ -127,6 +127,31 @@ def test_gradients_travel_in_buckets_of_one_type(monkeypatch):
     assert [[one.numel() for one in bucket] for bucket in ranks._buckets(parameters)] == [[4, 6], [1], [30], [2], [2]]
 
 
+def test_buckets_of_many_small_tensors_are_cut_in_one_pass():
+    asked = []
+
+    class Small:
+        dtype = torch.float32
+
+        def numel(self):
+            asked.append(self)
+            return 10
+
+    small = [Small() for _ in range(3000)]
+    assert list(ranks._buckets(small)) == [small]
+    assert len(asked) <= 2 * len(small)
+
+
+@pytest.mark.slow
+def test_the_sum_of_many_small_gradients_over_two_ranks(tmp_path):
+    done(start("gradients", tmp_path, 2, tensors=3000))
+    first, second = (load_file(tmp_path / f"sums-{rank}.safetensors") for rank in range(2))
+    assert first.keys() == second.keys() == {str(number) for number in range(3000) if number % 4 != 3}
+    for number in map(int, first):
+        sums = torch.full((1 + number % 3,), 2.0 * number + 1000 if number % 4 < 2 else number + 1000.0)
+        assert torch.equal(first[str(number)], sums) and torch.equal(second[str(number)], sums)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "batch_size"), [(2, 4), (4, 2)])
 def test_however_many_ranks_share_an_update_it_is_the_same(tmp_path, number, batch_size):

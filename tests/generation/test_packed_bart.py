@@ -5,7 +5,7 @@ import torch
 from transformers import BartConfig, DPRConfig
 
 from stages.bench import random_models
-from stages.generation import marginalization, packed_bart
+from stages.generation import marginalization, vocabulary
 from stages.generation.packed_bart import PackedBart
 from tests.tiny_rag import ANSWERS, QUESTIONS, tiny_rag
 
@@ -50,7 +50,7 @@ def test_bf16_is_no_further_from_fp32_than_the_padded_models_bf16():
 
 def test_a_vocabulary_projection_in_pieces_changes_nothing(monkeypatch):
     nll, gradients = loss_and_gradients(True)
-    monkeypatch.setattr(packed_bart, "LOGITS_AT_ONCE", 8192 * 3)  # three answer positions at once
+    monkeypatch.setattr(vocabulary, "LOGITS_AT_ONCE", 8192 * 3)  # three answer positions at once
     in_pieces, gradients_in_pieces = loss_and_gradients(True)
     torch.testing.assert_close(in_pieces, nll, rtol=1e-6, atol=1e-6)
     assert distance(gradients_in_pieces, gradients) < 1e-5
@@ -61,7 +61,7 @@ def test_impossible_words_change_neither_log_p_nor_gradients(vocab):
     torch.manual_seed(0)
     states, bias, targets = torch.randn(6, 4), torch.randn(vocab), torch.tensor([0, 3, vocab - 1, 7, 7, 20])
     results = []
-    for fill in (lambda *head: head, packed_bart.in_rows_of_8):
+    for fill in (lambda *head: head, vocabulary.in_rows_of_8):
         weight = torch.randn(vocab, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
         read = states.clone().requires_grad_()
         wide, biases = fill(weight, bias)

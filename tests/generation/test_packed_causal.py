@@ -5,13 +5,15 @@ import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from stages.evaluation.decoding import generate
+from stages.generation import marginalization, vocabulary
 from stages.generation.marginalization import log_prior
-from stages.generation.packed_causal import PackedCausal
+from stages.generation.packed_causal import FAMILIES, PackedCausal
 from stages.rag.folder import save_rag
 from tests.generation.test_packed_bart import distance
 from tests.rag.test_families import rag_of
 from tests.tiny_rag import ANSWERS, QUESTIONS
 
+PACKED = ["llama", "qwen2", "qwen3", "mistral"]
 EVERYTHING = list(range(len(QUESTIONS)))
 
 
@@ -33,13 +35,37 @@ def loss_and_gradients(family, packed, label_smoothing=0.0, checkpointing=False)
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", PACKED)
 def test_loss_and_gradients_are_those_of_the_padded_model(family, label_smoothing):
     nll, gradients = loss_and_gradients(family, True, label_smoothing)
     expected, expected_gradients = loss_and_gradients(family, False, label_smoothing)
     torch.testing.assert_close(nll, expected, rtol=1e-5, atol=1e-5)
     assert gradients.keys() == expected_gradients.keys()
     assert distance(gradients, expected_gradients) < 1e-5
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_the_vocabulary_in_pieces_changes_nothing_and_no_piece_is_larger(monkeypatch, label_smoothing):
+    nll, gradients = loss_and_gradients("qwen2", True, label_smoothing)
+    monkeypatch.setattr(vocabulary, "LOGITS_AT_ONCE", 8192 * 3)  # three answer tokens at once
+    rows, whole = [], marginalization.token_log_probs
+    monkeypatch.setattr(
+        marginalization, "token_log_probs", lambda logits, *rest: rows.append(logits.shape[-2]) or whole(logits, *rest)
+    )
+    in_pieces, gradients_in_pieces = loss_and_gradients("qwen2", True, label_smoothing)
+    torch.testing.assert_close(in_pieces, nll, rtol=1e-5, atol=1e-5)
+    assert distance(gradients_in_pieces, gradients) < 1e-5
+    assert max(rows) == 3 and len(rows) > 9
+
+
+def test_every_packed_familys_logits_are_what_its_head_says():
+    """A family that scales or caps them behind the head cannot be packed this way."""
+    assert set(FAMILIES) == set(PACKED)
+    for family in FAMILIES:
+        model = rag_of(family).generator_model
+        ids = torch.tensor([[5, 6, 7]])
+        states = model.get_decoder()(ids).last_hidden_state
+        assert torch.equal(model.get_output_embeddings()(states), model(ids).logits)
 
 
 def test_gradient_checkpointing_changes_no_gradient():
