@@ -23,7 +23,7 @@ def main() -> None:
     params = stage_params("evaluate")
     device = prepare_torch(params.runtime)
     from stages.bm25.hits import read_hits
-    from stages.compute.precision import generator_dtype
+    from stages.compute.precision import cast_weights, generator_dtype
     from stages.corpus.arrow import gold_rows, read_rows
     from stages.evaluation.answering import evaluate
     from stages.rag.folder import load_rag_parts
@@ -40,7 +40,7 @@ def main() -> None:
     drop_finished(root, trained["fingerprint"])
     dtype = generator_dtype(settings.precision, device)
     rag = open_rag_on(parts, index_folders(MODEL, INDEX, VECTORS), TOKENS, params, device)
-    rag.generator_model.to(dtype)  # retrieval stays in fp32
+    cast_weights(rag.generator_model, dtype)  # retrieval stays in fp32
     passages = read_rows(PREPARED / "passages.arrow")
     questions = read_rows(PREPARED / f"{settings.split}.arrow")
     hits = read_hits(LEXICAL, settings.split, params.retriever.hybrid_depth, len(questions), len(passages))

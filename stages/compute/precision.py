@@ -1,6 +1,7 @@
 """The floating-point type that a device computes in: what a parameter asks for, and what the device has."""
 
 import torch
+from torch import nn
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -32,3 +33,19 @@ def generator_dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision == "auto":
         precision = "bf16" if has_bf16(device) else "fp32"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts a model in place to what `from_pretrained(dtype=...)` gives: the frequencies of rotary positions stay fp32.
+
+    Rounded to bf16 they are off by up to 0.4 %, which at position 1,000 is as much as four positions.
+    """
+    frequencies = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name.endswith("inv_freq")
+    ]
+    model.to(dtype)
+    for module, name, buffer in frequencies:
+        setattr(module, name, buffer)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from stages.compute.precision import generator_dtype
+from stages.compute.precision import cast_weights, generator_dtype
 from stages.corpus.arrow import gold_rows
 from stages.evaluation.answering import answer, evaluate, retrieve
 from stages.generation import marginalization
@@ -65,7 +65,7 @@ def test_a_questions_log_prob_is_the_training_loss_of_its_answer():
 def test_a_generator_in_half_precision_answers_after_the_same_retrieval_with_nearly_the_same_scores():
     usual = run(tiny_rag())
     rag = tiny_rag()
-    rag.generator_model.to(generator_dtype("bf16", torch.device("cpu")))
+    cast_weights(rag.generator_model, generator_dtype("bf16", torch.device("cpu")))
     halved = run(rag)
     names = [name for name in usual[0] if "recall" in name]
     assert [halved[0][name] for name in names] == [usual[0][name] for name in names]
