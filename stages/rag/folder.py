@@ -1,4 +1,12 @@
-"""A RAG model's folder: what training starts from, what it writes, what evaluation reads."""
+"""A RAG model's folder: what training starts from, what it writes, what evaluation reads.
+
+What transformers makes of such a folder: `generate` for one context gives our answers, by `model.generate(ids)` of what
+lies in generator/ and, in the RAG layout, by `model.rag.generator.generate(ids, attention_mask=mask,
+generation_config=GenerationConfig.from_pretrained(folder))`; so does `RagTokenForGeneration.generate`. Greedy search
+(`num_beams=1`) always does, beams wherever no hypothesis fills the answer's length: there transformers' forced EOS costs
+nothing, ours its probability. `RagSequenceForGeneration.generate` need not: it reads padding as text while it looks for
+candidates, and scores them with the prior on a token.
+"""
 
 from pathlib import Path
 
@@ -7,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoTokenizer,
     DPRQuestionEncoder,
+    GenerationConfig,
     RagConfig,
     RagSequenceForGeneration,
     RagTokenForGeneration,
@@ -19,6 +28,7 @@ from stages.generation.lora import merge_lora
 from stages.rag.model import Rag
 from stages.storage import manifest
 
+BEAMS = 4  # of transformers' `generate` where it is not told: evaluate.num_beams as shipped
 CLASSES = {"token": RagTokenForGeneration, "sequence": RagSequenceForGeneration, "average": RagSequenceForGeneration}
 
 
@@ -31,6 +41,7 @@ def save_rag(rag: Rag, folder: Path, marginal: str) -> None:
     with all passages' vectors by it.
     """
     merge_lora(rag.generator_model)
+    _describe_answers(rag.generator, rag.lengths.answer_tokens)
     if fits_transformers(rag):
         _save_transformers_rag(rag, folder, marginal)
     else:
@@ -47,6 +58,26 @@ def fits_transformers(rag: Rag) -> bool:
     return rag.encoder.is_plain_dpr and rag.generator_model.config.is_encoder_decoder
 
 
+def _describe_answers(generator: Generator, answer_tokens: int) -> None:
+    """Makes the model's configurations say how it was trained to answer, whatever its base model's said.
+
+    A base model may ask for forced first tokens, penalties and sampling, and BART's starts from another token.
+    """
+    model, eos = generator.model, generator.eos_token_id
+    settings = {"max_new_tokens": answer_tokens}
+    if model.config.is_encoder_decoder:
+        start = generator.decoder_prefix[-1]
+        # Not max_new_tokens: RagTokenForGeneration.generate does not know it.
+        settings = {"max_length": answer_tokens + len(generator.decoder_prefix), "decoder_start_token_id": start}
+        # In the RAG layout the generator's own generation configuration is made from these.
+        model.config.decoder_start_token_id = start
+        model.config.forced_bos_token_id, model.config.forced_eos_token_id = None, eos
+    model.generation_config = GenerationConfig(
+        num_beams=BEAMS, length_penalty=0.0, eos_token_id=eos, pad_token_id=generator.pad_token_id,
+        bos_token_id=generator.tokenizer.bos_token_id, forced_eos_token_id=eos, **settings,
+    )  # fmt: skip
+
+
 def _save_transformers_rag(rag: Rag, folder: Path, marginal: str) -> None:
     generator = rag.generator
     config = RagConfig.from_question_encoder_generator_configs(
@@ -59,6 +90,7 @@ def _save_transformers_rag(rag: Rag, folder: Path, marginal: str) -> None:
     )  # fmt: skip
     model = CLASSES[marginal](config=config, question_encoder=rag.question_encoder, generator=generator.model)
     model.save_pretrained(folder)
+    generator.model.generation_config.save_pretrained(folder)  # RagSequenceForGeneration keeps none itself
     RagTokenizer(rag.encoder.tokenizer, generator.tokenizer).save_pretrained(folder)
 
 
