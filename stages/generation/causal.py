@@ -12,6 +12,7 @@ from jinja2 import TemplateError
 from torch import BoolTensor, LongTensor, Tensor
 
 from stages.generation.tokenizer import decoded, padded_targets, token_rows
+from stages.generation.vocabulary import logits_behind
 
 QUESTION, CUE = "\nQuestion: ", "\nAnswer:"
 CHAT_FLAG = "rag_chat_template"  # in the model's config.json, so that a checkpoint knows how it was prompted
@@ -46,6 +47,8 @@ class Causal:
     chat_template: bool
     # Positions of prompt and answer together; None is no limit.
     max_positions: int | None
+    # Whether parts may be run past the whole model's forward pass, which FSDP does not allow.
+    past_modules: bool = True
 
     def question_tokens(self, questions: list[str]) -> list[list[int]]:
         """Token ids of the question's line without special tokens: they follow the passage's."""
@@ -77,6 +80,22 @@ class Causal:
         a causal model sees it from no real position: no mask is needed. Only positions that predict an answer token
         reach the vocabulary.
         """
+        ids, predicting = self._fed(contexts, targets)
+        return self.forward(predicting, input_ids=ids, use_cache=False).logits
+
+    def states(self, contexts: Prompts, targets: Tensor) -> Tensor:
+        """The decoder's states [R, T, H] at the positions that predict `targets`; `logits_behind` makes logits of them."""
+        ids, predicting = self._fed(contexts, targets)
+        states = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        return states.gather(1, predicting[..., None].expand(-1, -1, states.shape[-1]))
+
+    def logits_behind(self, states: Tensor) -> Tensor:
+        """Logits [N, V] of states [N, H]."""
+        unused = torch.zeros((1, len(states)), dtype=torch.long, device=states.device)
+        return logits_behind(self.model, states, input_ids=unused)
+
+    def _fed(self, contexts: Prompts, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Prompts with their answers [R, L + T - 1] and the positions [R, T] that predict the answers."""
         lengths = contexts.mask.sum(1, keepdim=True)
         fed = targets.shape[1] - 1  # the last token is predicted, not read
         ids = torch.nn.functional.pad(contexts.ids, (0, fed), value=self.pad_token_id)
@@ -84,8 +103,7 @@ class Causal:
             place = torch.arange(ids.shape[1], device=ids.device) - lengths
             answers = targets.gather(1, place.clamp(0, fed - 1))
             ids = torch.where((place >= 0) & (place < fed), answers, ids)
-        predicting = lengths - 1 + torch.arange(targets.shape[1], device=ids.device)
-        return self.forward(predicting, input_ids=ids, use_cache=False).logits
+        return ids, lengths - 1 + torch.arange(targets.shape[1], device=ids.device)
 
     def forward(self, predicting: Tensor | None, **inputs):
         """The whole model, so that a family's scalings and caps stay the library's, with a head that sees only the

@@ -46,6 +46,7 @@ class Generator(Protocol):
     context_prefix: list[int]
     context_suffix: list[int]
     max_positions: int | None  # None is no limit
+    past_modules: bool  # whether parts may be run past the whole model's forward pass
 
     def question_tokens(self, questions: list[str]) -> list[list[int]]:
         """Token ids of questions as they follow a passage, without special tokens."""
@@ -64,6 +65,12 @@ class Generator(Protocol):
 
     def logits(self, contexts: Any, targets: Tensor) -> Tensor:
         """Teacher-forced logits [R, T, V] with gradient; position t predicts `targets[:, t]`."""
+
+    def states(self, contexts: Any, targets: Tensor) -> Tensor:
+        """The decoder's states [R, T, H] at the positions that predict `targets`."""
+
+    def logits_behind(self, states: Tensor) -> Tensor:
+        """Logits [N, V] of the decoder's states [N, H]: `logits` where all at once would be too many."""
 
 
 def load_generator(path_or_name: str, dtype: torch.dtype = torch.float32, chat_template: bool = False) -> Generator:

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from stages.generation.packed_bart import PackedBart
 from stages.generation.tokenizer import decoded, padded_targets, token_rows
+from stages.generation.vocabulary import logits_behind
 from stages.packed.packing import Packing
 
 FAMILIES = ("bart", "t5", "mt5", "longt5")  # umt5: its cache and its forward disagree in transformers 5.17
@@ -84,9 +85,30 @@ class Seq2Seq:
         The decoder reads prefix + targets[:, :-1] without a mask: it is causal, so padding on the right of a
         target changes no real position. Gradients flow to the weights and to `contexts.states`.
         """
-        tokens = torch.cat([self.prefix(len(targets), targets.device), targets[:, :-1]], dim=1)
-        logits = forward(self.model, contexts, tokens, use_cache=False).logits
+        logits = forward(self.model, contexts, self._fed(targets), use_cache=False).logits
         return logits[:, len(self.decoder_prefix) - 1 :]
+
+    def states(self, contexts: Contexts, targets: Tensor) -> Tensor:
+        """The decoder's states [R, T, H] at the positions that predict `targets`; `logits_behind` makes logits of them."""
+        decoder = self.model.get_decoder()
+        states = decoder(
+            input_ids=self._fed(targets), encoder_hidden_states=contexts.states, encoder_attention_mask=contexts.mask,
+            use_cache=False,
+        ).last_hidden_state  # fmt: skip
+        return states[:, len(self.decoder_prefix) - 1 :]
+
+    def logits_behind(self, states: Tensor) -> Tensor:
+        """Logits [N, V] of states [N, H]."""
+        unused = torch.zeros((1, len(states)), dtype=torch.long, device=states.device)
+        return logits_behind(
+            self.model,
+            states,
+            encoder_outputs=BaseModelOutput(last_hidden_state=states[None]),
+            decoder_input_ids=unused,
+        )
+
+    def _fed(self, targets: Tensor) -> Tensor:
+        return torch.cat([self.prefix(len(targets), targets.device), targets[:, :-1]], dim=1)
 
     def prefix(self, rows: int, device: torch.device) -> Tensor:
         """What the decoder starts from, for `rows` rows: [rows, P]."""

@@ -19,6 +19,7 @@ from stages.generation.contexts import assemble_contexts
 from stages.generation.generator import Generator
 from stages.generation.packed_bart import PackedBart
 from stages.generation.packed_causal import PackedCausal
+from stages.generation.vocabulary import padded_log_probs
 from stages.packed.cuda_graphs import CudaGraphs
 from stages.params import Lengths, Params
 from stages.rag.batches import Examples, RagBatch
@@ -168,11 +169,10 @@ class Rag(nn.Module):
             repeated = [part.repeat_interleave(n_docs, 0) for part in (batch.targets, batch.target_mask)]
             scored = self.packed.token_log_probs(input_ids, attention_mask, *repeated, label_smoothing)
             return scored.unflatten(0, (questions, n_docs))
-        states = self.generator.encode(input_ids, attention_mask)
-        logits = self.generator.logits(states, batch.targets.repeat_interleave(n_docs, 0))
-        return marginalization.token_log_probs(
-            logits.view(questions, n_docs, *logits.shape[1:]), batch.targets, label_smoothing
-        )
+        contexts = self.generator.encode(input_ids, attention_mask)
+        targets = batch.targets.repeat_interleave(n_docs, 0)
+        scored = padded_log_probs(self.generator, contexts, targets, label_smoothing)
+        return scored.unflatten(0, (questions, n_docs))
 
 
 def packed_likelihood(generator: Generator) -> PackedBart | PackedCausal | None:
