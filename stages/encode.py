@@ -8,7 +8,6 @@ Training needs the vectors themselves for scores with a gradient, beside any ind
 goes on with the first passages that are not encoded yet.
 """
 
-import json
 import shutil
 import time
 from pathlib import Path
@@ -91,8 +90,7 @@ def encode(params: Params, device) -> None:
     manifest.put_in_place(result, VECTORS)
     shutil.rmtree(work)
     lock.release()
-    METRICS.parent.mkdir(exist_ok=True)
-    METRICS.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    manifest.write_metrics(METRICS, metrics)
     print(f"{len(passages)} passages, {encoder.dimension} dimensions")
 
 

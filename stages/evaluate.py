@@ -24,11 +24,12 @@ def main() -> None:
     device = prepare_torch(params.runtime)
     from stages.bm25.hits import read_hits
     from stages.compute.precision import cast_weights, generator_dtype
-    from stages.corpus.arrow import gold_rows, read_rows
+    from stages.corpus.arrow import gold_rows, read_rows, replacing
     from stages.evaluation.answering import evaluate
     from stages.rag.folder import load_rag_parts
     from stages.rag.model import open_rag_on
     from stages.search.passage_index import index_folders
+    from stages.storage import manifest
     from stages.storage.leftovers import drop_finished
     from stages.tracking.runs import open_run
     from stages.verdicts.of_evaluation import evaluation_signs
@@ -52,12 +53,9 @@ def main() -> None:
     metrics, predictions = evaluate(rag, questions, passages, golds, settings, params.recipe.marginalization, hits)
     verdicts = evaluation_signs(metrics, params.signs)
 
-    METRICS.parent.mkdir(exist_ok=True)
-    METRICS.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    PREDICTIONS.mkdir(parents=True, exist_ok=True)
-    with open(PREDICTIONS / "predictions.jsonl", "w", encoding="utf-8") as file:
-        for row in predictions:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    manifest.write_metrics(METRICS, metrics)
+    with replacing(PREDICTIONS) as (made,), open(made / "predictions.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
 
     # Where MLflow had not answered by the training's end, its journal is what knows the run.
     journal = f"evaluate-{trained['run_id']}" if trained["run_id"] else f"train-{trained['fingerprint']}"

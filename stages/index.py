@@ -8,7 +8,6 @@ How thoroughly an approximate index is searched (nprobe, ef_search) is for the s
 values is measured, so that metrics/index.json says which one to take.
 """
 
-import json
 import shutil
 import time
 from pathlib import Path
@@ -32,6 +31,7 @@ def main() -> None:
     from stages.encoders.encoder import load_encoder
     from stages.search.index_quality import search_quality
     from stages.search.passage_index import build_index_on, describe_index, load_index, open_vectors, write_index
+    from stages.storage import manifest
     from stages.storage.outside_files import find
 
     settings = params.index
@@ -55,8 +55,7 @@ def main() -> None:
         "index_bytes": (INDEX / "index.faiss").stat().st_size,
         **search_quality(load_index(INDEX, VECTORS), encoder, questions, params.lengths.question_tokens, device),
     }
-    METRICS.parent.mkdir(exist_ok=True)
-    METRICS.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    manifest.write_metrics(METRICS, metrics)
     print(f"{len(vectors)} passages, {vectors.shape[1]} dimensions, {kind}")
 
 

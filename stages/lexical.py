@@ -7,7 +7,6 @@ Words and their weights do not change while encoders learn: the hits are found o
 questions to come (python -m stages.ask).
 """
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -36,8 +35,7 @@ def main() -> None:
     manifest.write_json(work / DEPTH, {"depth": depth})
     manifest.record_folder(work)
     manifest.put_in_place(work, LEXICAL)
-    METRICS.parent.mkdir(exist_ok=True)
-    METRICS.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    manifest.write_metrics(METRICS, metrics)
 
 
 def find_hits(folder: Path, depth: int, processes: int) -> dict[str, float]:

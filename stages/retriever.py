@@ -8,7 +8,6 @@ Joint training moves the question encoder alone, or the context encoder a little
 must know its corpus before the index is built.
 """
 
-import json
 from pathlib import Path
 
 from stages.machine.devices import prepare_torch
@@ -24,11 +23,12 @@ def main() -> None:
     import torch
     from transformers import DPRContextEncoder, DPRQuestionEncoder
 
-    from stages.corpus.arrow import positions_of, read_rows
+    from stages.corpus.arrow import positions_of, read_rows, replacing
     from stages.corpus.token_store import TokenStore
     from stages.encoders.encoder import load_encoder
     from stages.encoders.mining import HardNegatives, best_hits, tokenize_passages, without_answers
     from stages.encoders.warmup import WarmUp
+    from stages.storage import manifest
     from stages.storage.outside_files import find
 
     settings, lengths, models = params.retriever, params.lengths, params.models
@@ -99,8 +99,9 @@ def main() -> None:
         )  # fmt: skip
         after, mined = validation_loss(), negatives.mean
 
-    question_encoder.save(RETRIEVER / "question_encoder")
-    context_encoder.save(RETRIEVER / "context_encoder")
+    with replacing(RETRIEVER) as (made,):
+        question_encoder.save(made / "question_encoder")
+        context_encoder.save(made / "context_encoder")
     metrics = {
         "steps": settings.steps + (hard.steps if hard.count else 0),
         "train_loss": loss,  # of the last step, in the second round with hard negatives in it
@@ -109,8 +110,7 @@ def main() -> None:
         "val_loss": after,
         "hard_negatives_mined": mined,  # a question
     }
-    METRICS.parent.mkdir(exist_ok=True)
-    METRICS.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    manifest.write_metrics(METRICS, metrics)
     print(f"in-batch validation loss {before:.3f} -> {after:.3f} nats after {metrics['steps']} steps")
 
 

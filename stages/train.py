@@ -10,7 +10,6 @@ The result is a transformers RAG checkpoint; where the context encoder trains to
 index of its vectors lie beside it. Killed and started again, it goes on from its last checkpoint.
 """
 
-import json
 from pathlib import Path
 
 from stages.machine.devices import prepare_torch
@@ -58,6 +57,7 @@ def train(params: Params, device, sharded=None) -> None:
 
 def train_and_leave(params: Params, trainer, examples: dict, workplace, device) -> None:
     """Rank 0's part: trains, tracked by MLflow, and leaves the model, its metrics and its curves."""
+    from stages.corpus.arrow import replacing
     from stages.rag.folder import save_rag
     from stages.storage import manifest
     from stages.tracking.runs import environment_tags, open_run
@@ -81,7 +81,8 @@ def train_and_leave(params: Params, trainer, examples: dict, workplace, device) 
             tracker.set_tags({"out_of_memory": ", ".join(trainer.progress.halvings)})
 
         metrics = summary(trainer.progress, params.train, params.recipe.checkpoints == "best")
-        save_rag(trainer.rag, MODEL, params.recipe.marginalization)
+        with replacing(MODEL) as (made,):
+            save_rag(trainer.rag, made, params.recipe.marginalization)
         tracker.register_checkpoint(
             f"{recipe}-{params.recipe.checkpoints}", root / MODEL, int(metrics["kept_step"]), {}, {"recipe": recipe}
         )
@@ -93,8 +94,7 @@ def train_and_leave(params: Params, trainer, examples: dict, workplace, device) 
     run_id = {"run_id": tracker.run_id, "experiment": params.tracking.experiment, "fingerprint": name}
     manifest.write_json(MODEL / "run.json", run_id)
     manifest.record(MODEL / "run.json")
-    METRICS.parent.mkdir(exist_ok=True)
-    METRICS.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    manifest.write_metrics(METRICS, metrics)
     curves.write_csv(trainer.progress.history, CURVES)
     workplace.release()
     print(verdicts.text)

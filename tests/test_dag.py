@@ -188,3 +188,15 @@ def test_what_runs_at_every_repro_imports_little():
         )
     }  # fmt: skip
     assert not {name.split(".")[0] for name in tops} & heavy
+
+
+@pytest.mark.parametrize("stage", PIPELINE)
+def test_a_stage_writes_beside_and_renames(stage):
+    """Its outputs may be hardlinks into DVC's cache: folders by `replacing`, single files by stages/storage/manifest.py."""
+    for node in ast.walk(ast.parse(MODULES[stage].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            target = ast.unparse(node.func)
+            assert not target.endswith((".write_text", ".write_bytes")), f"{stage}: {target}"
+            places = {name.id for part in node.args for name in ast.walk(part) if isinstance(name, ast.Name)}
+            in_place = target in ("open", "np.save") or target.endswith((".save", ".save_pretrained"))
+            assert not (in_place and any(name.isupper() and len(name) > 3 for name in places)), ast.unparse(node)

@@ -18,7 +18,8 @@ from stages.machine import launching
 from stages.machine.signals import Interrupted
 
 TIMEOUT = timedelta(seconds=60)  # of a collective: a rank that hangs ends the job
-PATIENCE = timedelta(days=2)  # of `wait`: while rank 0 writes or builds; a rank that died is known at once here too
+# Of `wait`: while rank 0 writes, builds or waits for another training; a rank that died is known at once here too.
+PATIENCE = timedelta(days=365)
 BUCKET = 1 << 25  # gradients sent together, 128 MiB in fp32
 NOT_OURS = {
     "ACCELERATE_USE_FSDP": "FSDP outside of stages.train",
@@ -96,7 +97,7 @@ def share(items: list) -> list:
 
 
 def wait() -> None:
-    """Returns when every rank is here, however long rank 0 takes."""
+    """Returns when every rank is here, however long rank 0 takes: weeks, where it waits for another training."""
     if world() > 1:
         dist.all_reduce(torch.zeros(1), group=_patient)  # a barrier would go to the GPU where there is one
 

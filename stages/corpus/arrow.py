@@ -80,7 +80,8 @@ def gold_rows(questions: Dataset, passages: Dataset) -> list[list[int]]:
 def replacing(*folders: Path) -> Iterator[list[Path]]:
     """Empty folders to write into, which take the places of `folders` when the block ends without an error.
 
-    With an error everything stays as it was. Raises ValueError in one line where the disk cannot be written.
+    With an error everything stays as this process found it, which after DVC, that deletes outputs first, is not there.
+    Raises ValueError in one line where the disk cannot be written.
     """
     unfinished = [folder.with_name(folder.name + ".unfinished") for folder in folders]
     try:

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from stages.compute import ranks
 from stages.machine.entry import root_folder
 from stages.storage import manifest
+from stages.storage.hashes import sha256_of
 from stages.storage.leftovers import FOLDER
 
 DESCRIPTION, BEST = "description.json", "best.json"
@@ -29,10 +30,7 @@ CODE = Path(__file__).resolve().parents[1]
 
 
 def describe(settings: dict, inputs: list[Path]) -> dict[str, dict]:
-    """What a training computes: its parameters, its input files and the code that is loaded, each by a digest.
-
-    Files over 64 MiB count by size and by their first and last MiB, so that 60 GB of vectors cost nothing.
-    """
+    """What a training computes: its parameters, its input files and the code that is loaded, each by a digest of all of it."""
     # A copy: the tracking thread imports while this runs.
     loaded = sys.modules.copy()
     files = {Path(module.__file__).resolve() for module in loaded.values() if getattr(module, "__file__", None)}
@@ -59,7 +57,7 @@ def digest(path: Path) -> str:
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
             found.update(f"{file.relative_to(path)} {file.stat().st_size}\0".encode())
-            found.update(manifest.content_digest(file).encode())
+            found.update(sha256_of(file).encode())
     return found.hexdigest()[:16]
 
 

@@ -3,14 +3,17 @@
 Files of up to 64 MiB are hashed whole on load. Larger ones (60 GB of vectors) by their first and last MiB, which finds
 what happens to large files - a copy that ended early, a full disk, another version - in milliseconds. A changed byte in
 their middle is found by `python -m stages.check`, which reads everything: the hash of the whole file is recorded too.
+What decides whether something runs again does not lean on this: it hashes whole files (stages/storage/hashes.py).
 The hash is xxh3, which finds damage at ten times SHA-256's speed: that was a third of a large checkpoint's time.
+
+Also how anything is written: beside its place, then renamed. Outputs that DVC checked out are read-only hardlinks into its
+cache; who writes into one alters the cache as root and fails as anybody else.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from xxhash import xxh3_128
@@ -75,9 +78,21 @@ def sync_folder(folder: Path) -> None:
 
 def write_json(file: Path, value: object) -> None:
     """Writes a JSON file that appears whole or not at all, and is on the disk when this returns."""
+    write_whole(file, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def write_metrics(file: Path, metrics: dict[str, float]) -> None:
+    """The same for a stage's metrics, in the order given, which is that of their tables; makes the folder."""
+    write_whole(file, json.dumps(metrics, indent=2) + "\n")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a text as it is, into a new file that takes the place of an old one; makes the folder."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f"{file.name}.unfinished")
-    with open(unfinished, "w", encoding="utf-8") as stream:
-        stream.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    unfinished.unlink(missing_ok=True)
+    with open(unfinished, "w", encoding="utf-8", newline="") as stream:
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
     unfinished.replace(file)
@@ -99,20 +114,16 @@ def put_in_place(finished: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def content_digest(file: Path, algorithm: Callable = hashlib.sha256) -> str:
-    """The hash of a file, of one over WHOLE_FILE_LIMIT of its first and last MiB."""
-    size = file.stat().st_size
-    if size <= WHOLE_FILE_LIMIT:
-        return _whole_digest(file, algorithm)
+def _digest(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, xxh3_128).hexdigest()
+
+
+def _digest_of_ends(file: Path) -> str:
     with open(file, "rb") as stream:
         head = stream.read(END)
-        stream.seek(size - END)
-        return algorithm(head + stream.read()).hexdigest()
-
-
-def _whole_digest(file: Path, algorithm: Callable) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, algorithm).hexdigest()
+        stream.seek(-END, os.SEEK_END)
+        return xxh3_128(head + stream.read()).hexdigest()
 
 
 def _facts(file: Path) -> dict:
@@ -120,7 +131,7 @@ def _facts(file: Path) -> dict:
         facts = {"size": file.stat().st_size, "xxh3": hashlib.file_digest(stream, xxh3_128).hexdigest()}
         os.fsync(stream.fileno())
     if facts["size"] > WHOLE_FILE_LIMIT:
-        facts["xxh3_of_ends"] = content_digest(file, xxh3_128)
+        facts["xxh3_of_ends"] = _digest_of_ends(file)
     return facts
 
 
@@ -128,9 +139,9 @@ def _difference(file: Path, expected: dict, whole: bool) -> str | None:
     if not file.is_file() or file.stat().st_size != expected["size"]:
         return "is missing or cut short"
     if expected["size"] > WHOLE_FILE_LIMIT and not whole:
-        same = content_digest(file, xxh3_128) == expected["xxh3_of_ends"]
+        same = _digest_of_ends(file) == expected["xxh3_of_ends"]
     else:
-        same = _whole_digest(file, xxh3_128) == expected["xxh3"]
+        same = _digest(file) == expected["xxh3"]
     return None if same else "was altered after it was written"
 
 

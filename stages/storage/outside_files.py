@@ -7,7 +7,7 @@ where files that git does not track are missing: there the path counts from $DVC
 from pathlib import Path
 
 from stages.machine.entry import root_folder
-from stages.storage import manifest
+from stages.storage.hashes import sha256_of
 
 
 def find(name: str) -> Path:
@@ -61,7 +61,4 @@ def _check(path: Path, name: str, key: str) -> None:
 
 
 def _fingerprint(file: Path) -> dict:
-    """Size and hash; a large file's is that of its ends, and its size tells most changes between them."""
-    size = file.stat().st_size
-    kind = "sha256" if size <= manifest.WHOLE_FILE_LIMIT else "sha256_of_ends"
-    return {"bytes": size, kind: manifest.content_digest(file)}
+    return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}

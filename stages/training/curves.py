@@ -1,9 +1,11 @@
 """Where the points of a training go: MLflow, TensorBoard, the progress file, and the numbers of metrics/train.json."""
 
 import csv
+import io
 from pathlib import Path
 
 from stages.params import Train
+from stages.storage import manifest
 from stages.training.progress import Progress
 
 COLUMNS = [
@@ -43,11 +45,11 @@ class Curves:
     @staticmethod
     def write_csv(history: list[dict], path: Path) -> None:
         """A row a logged step; what was not measured at a step stays empty, what single ranks measured is left out."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(history)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(history)
+        manifest.write_whole(path, text.getvalue())
 
 
 def summary(progress: Progress, settings: Train, keeps_best: bool) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from stages.storage import manifest
 from stages.storage.checkpoints import Checkpoints, describe, fingerprint, load_weights, own_weights
 from tests.tiny_rag import tiny_rag
 
@@ -105,6 +106,18 @@ def test_fingerprint_depends_on_settings_names_and_contents(tmp_path):
     assert second != first
     (folder / "a").rename(folder / "b")
     assert name(1) not in (first, second)
+
+
+def test_an_edit_of_equal_length_in_the_middle_of_a_large_input_is_another_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(manifest, "WHOLE_FILE_LIMIT", 1 << 20)
+    file = tmp_path / "vectors.npy"
+    file.write_bytes(bytes(5 << 20))
+    first = fingerprint(describe({}, [file]))
+    with open(file, "r+b") as stream:
+        stream.seek(5 << 19)
+        stream.write(b"x")
+    assert fingerprint(describe({}, [file])) != first
 
 
 def test_tied_weights_are_stored_once_and_come_back():

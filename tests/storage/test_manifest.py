@@ -1,10 +1,21 @@
 """Manifests: what was cut, altered or removed after it was written is found and named, cheaply for large files."""
 
 import json
+import os
 
 import pytest
 
-from stages.storage.manifest import MANIFEST, WHOLE_FILE_LIMIT, check, damage, record, record_folder
+from stages.storage.manifest import (
+    MANIFEST,
+    WHOLE_FILE_LIMIT,
+    check,
+    damage,
+    record,
+    record_folder,
+    write_json,
+    write_metrics,
+    write_whole,
+)
 
 
 def written(folder):
@@ -74,3 +85,22 @@ def test_large_files_are_checked_at_their_ends_and_wholly_on_demand(tmp_path):
     altered_at(WHOLE_FILE_LIMIT + 4000, b"\0")
     altered_at(10, b"x")
     assert damage(tmp_path) == "vectors was altered after it was written"
+
+
+@pytest.mark.parametrize("write", [write_json, write_metrics, lambda file, value: write_whole(file, str(value))])
+def test_what_is_written_takes_the_place_of_a_file_and_leaves_its_other_names_alone(tmp_path, write):
+    """DVC's outputs are read-only hardlinks into its cache."""
+    file, cached = tmp_path / "output", tmp_path / "cache"
+    cached.write_text("cached")
+    cached.chmod(0o444)
+    os.link(cached, file)
+    write(file, {"b": 1, "a": 2})
+    assert cached.read_text() == "cached" and "b" in file.read_text()
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["cache", "output"]
+    write(tmp_path / "new" / "file", {})
+    assert (tmp_path / "new" / "file").exists()
+
+
+def test_metrics_keep_their_order(tmp_path):
+    write_metrics(tmp_path / "m.json", {"b": 1, "a": 2})
+    assert list(json.loads((tmp_path / "m.json").read_text())) == ["b", "a"]
