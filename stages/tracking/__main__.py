@@ -16,6 +16,8 @@ from stages.tracking.journal import Journal, say
 from stages.tracking.mlflow_run import MlflowRun
 from stages.tracking.recorder import Sender, reason
 
+FOLDER = ".tracking"  # in which the stages keep their journals, at the repository's root
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Sends what is unsent of a journal. Exit code 0: MLflow has everything; 1: it has not."""
@@ -29,7 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not journal.lock(timeout=1):
         say(f"a running process is sending {path} already")
         return 1
-    sender = Sender(journal, MlflowRun(journal.state, strict=True))
+    root = path.resolve().parents[1] if path.resolve().parent.name == FOLDER else None
+    sender = Sender(journal, MlflowRun(journal.state, strict=True, root=root))
     try:
         for pause in (0.5, 1.5, 0):
             try:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 # First: mlflow reads from the environment what this sets.
-from stages.tracking.mlflow_store import MlflowClient, client_of, tracking_uri  # isort: skip
+from stages.tracking.mlflow_store import MlflowClient, artifacts_of, client_of, tracking_uri, uri_after_move  # isort: skip
 from mlflow import entities
 from mlflow.exceptions import MlflowException
 
@@ -21,12 +21,13 @@ class MlflowRun:
     """The run that a journal's records go to. Any call can be made twice without a change.
 
     state: the journal's; it remembers run_id, finished, system_step, root and uri between processes.
+    root: the repository as it lies today; a journal that was moved with it names another. None: as the journal says.
     sessions: the run's id for each opening that MLflow has answered.
     strict: raise, rather than let every record be refused, where MLflow does not know the journal's run.
     """
 
-    def __init__(self, state: dict, strict: bool = False):
-        self.state, self.strict = state, strict
+    def __init__(self, state: dict, strict: bool = False, root: Path | None = None):
+        self.state, self.strict, self.root = state, strict, root
         self.sessions: dict[str, str] = {}
         self.is_open = False
         self._client: MlflowClient | None = None
@@ -63,10 +64,10 @@ class MlflowRun:
 
     def _connect(self, root: str, uri: str) -> None:
         self.is_open = False
-        if os.environ.get("MLFLOW_TRACKING_URI"):
-            uri = tracking_uri(Path(root))
-        self._client = client_of(uri)
-        self.state |= {"root": root, "uri": without_credentials(uri)}
+        now = self.root or Path(root)
+        uri = tracking_uri(now) if os.environ.get("MLFLOW_TRACKING_URI") else uri_after_move(uri, Path(root), now)
+        self._client = client_of(uri, now)
+        self.state |= {"root": str(now), "uri": without_credentials(uri)}
 
     def _open(self, entry: dict) -> None:
         self._connect(entry["root"], entry["uri"])
@@ -121,7 +122,7 @@ class MlflowRun:
         found = self._client.get_experiment_by_name(entry["experiment"])
         if found is None:
             remote = re.match("https?:|databricks", self.state["uri"])
-            location = None if remote else (Path(entry["root"]) / "mlartifacts").as_uri()
+            location = None if remote else artifacts_of(Path(self.state["root"]))
             try:
                 return self._client.create_experiment(entry["experiment"], location)
             except MlflowException:

@@ -27,6 +27,10 @@ REFUSALS = {  # error codes of MLflow after which the same call would fail again
 }
 
 
+class Unusable(Exception):
+    """MLflow will never take the store that was named; the text is one line for the user."""
+
+
 def environment_tags(root: Path) -> dict[str, str]:
     """Which code, which experiment, which machine: tags for the run.
 
@@ -190,7 +194,7 @@ class Tracker:
         """Waits until MLflow has everything so far, at most `timeout` seconds. False: something is unsent."""
         deadline = time.monotonic() + timeout
         while self.journal.unsent():
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or not self._thread.is_alive():
                 return False
             time.sleep(0.05)
         return True
@@ -243,6 +247,9 @@ class Tracker:
         while not self._abandoned.is_set():
             try:
                 sent = sender.send_next()
+            except Unusable as error:
+                say(f"{error}; the training goes on, records wait")
+                break
             except Exception as error:  # a server that is down shows itself in many exceptions
                 failures += 1
                 if failures == 2:

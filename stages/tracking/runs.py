@@ -59,4 +59,4 @@ def open_run(
         uri=without_credentials(tracking_uri(root)),
     )
     collectors = (CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor)
-    return Tracker(opened, MlflowRun(opened.state), opening, collectors, system_metrics_seconds)
+    return Tracker(opened, MlflowRun(opened.state, root=root), opening, collectors, system_metrics_seconds)
