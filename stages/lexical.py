@@ -7,10 +7,10 @@ Words and their weights do not change while encoders learn: the hits are found o
 questions to come (python -m stages.ask).
 """
 
-import os
 import shutil
 from pathlib import Path
 
+from stages.machine.devices import allowed_cores
 from stages.machine.entry import run
 from stages.machine.stage_params import stage_params
 
@@ -27,7 +27,7 @@ def main() -> None:
     work.mkdir(parents=True)
     metrics = {"depth": depth}
     if depth:
-        metrics |= find_hits(work, depth, params.runtime.threads or len(os.sched_getaffinity(0)))
+        metrics |= find_hits(work, depth, params.runtime.threads or len(allowed_cores()))
 
     from stages.bm25.hits import DEPTH
     from stages.storage import manifest

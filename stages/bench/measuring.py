@@ -113,6 +113,7 @@ def ours_training(rag: Rag, options: Namespace, batch_size: int, accumulation: i
         **{
             name: statistics.median(point[name] for point in measured)
             for name in ("mfu", "host_wait", "tokens_per_second", "questions_per_second", "train_loss_per_sequence")
+            if name in measured[0]  # no mfu on a CPU
         },
     }
 

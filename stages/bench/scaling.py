@@ -118,7 +118,7 @@ def trained(
     return points, {
         "seconds_per_step": seconds,
         "questions_per_second": questions / seconds["median"],
-        "mfu": points[-1]["mfu"],
+        **({"mfu": points[-1]["mfu"]} if device.type == "cuda" else {}),
         "peak_gib": peak.gib(),
     }
 

@@ -31,6 +31,7 @@ from stages.corpus.token_store import TokenStore
 from stages.encoders.packed_bert import PackedBert
 from stages.encoders.sentence_layout import SentenceLayout, read_layout, write_layout
 from stages.packed.packing import Packing
+from stages.storage.outside_files import hint, split_revision
 
 ARCHITECTURES = {"DPRQuestionEncoder": DPRQuestionEncoder, "DPRContextEncoder": DPRContextEncoder}
 # The two classes differ in the name of the one module that holds all weights.
@@ -245,12 +246,14 @@ def load_encoder(
     try:
         layout = read_layout(path_or_name, key)
     except OSError as error:
-        raise ValueError(f"{nothing} ({_one_line(error)}); give a folder or a hub name") from None
-    within = {"subfolder": layout.subfolder} if layout.subfolder else {}
+        raise ValueError(f"{nothing} ({_one_line(error)}); give a folder or a hub name{hint(path_or_name)}") from None
+    source, within = split_revision(path_or_name)
+    if layout.subfolder:
+        within["subfolder"] = layout.subfolder
     try:
-        config = AutoConfig.from_pretrained(path_or_name, trust_remote_code=False, **within)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **within)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{nothing} ({_one_line(error)}); give a folder or a hub name") from None
+        raise ValueError(f"{nothing} ({_one_line(error)}); give a folder or a hub name{hint(path_or_name)}") from None
     architecture = (config.architectures or ["?"])[0]
     is_dpr = architecture in ARCHITECTURES
     if not is_dpr and config.model_type not in BERT_LIKE:
@@ -262,17 +265,17 @@ def load_encoder(
     if is_dpr and pooling == "mean":
         raise ValueError(f"models.pooling: mean, but '{path_or_name}' is a DPR encoder, which pools by its first state")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path_or_name, trust_remote_code=False, **within)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **within)
         options = {"dtype": torch.float32, **within}
         if is_dpr:
-            model = ARCHITECTURES[architecture].from_pretrained(path_or_name, use_safetensors=True, **options)
+            model = ARCHITECTURES[architecture].from_pretrained(source, use_safetensors=True, **options)
             model = as_role(model, as_class)
         else:
             # BERT's own pooler is a layer of another task: no weights that never learn.
             if "add_pooling_layer" in inspect.signature(MODEL_MAPPING[type(config)]).parameters:
                 options["add_pooling_layer"] = False
             model = AutoModel.from_pretrained(
-                path_or_name, trust_remote_code=False, use_safetensors=True, config=config, **options
+                source, trust_remote_code=False, use_safetensors=True, config=config, **options
             )
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{key}: '{path_or_name}' is incomplete: {_one_line(error)}") from None

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from transformers.utils import cached_file
 
+from stages.storage.outside_files import split_revision
+
 MODULES, PROMPTS, LENGTH = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
 PREFIX = "sentence_transformers.models."
 
@@ -94,7 +96,8 @@ def _under(folder: str, name: str) -> str:
 def _json(path_or_name: str, name: str, key: str):
     """The content of one of the model's files, None where it has no such file."""
     # A hub that cannot be reached is an error: without these files the same model would give other vectors.
-    found = cached_file(path_or_name, name, _raise_exceptions_for_missing_entries=False)
+    source, pinned = split_revision(path_or_name)
+    found = cached_file(source, name, **pinned, _raise_exceptions_for_missing_entries=False)
     try:
         return json.loads(Path(found).read_text(encoding="utf-8")) if found else None
     except ValueError as error:

@@ -8,6 +8,7 @@ import torch
 from torch import LongTensor, Tensor
 from transformers import Cache
 
+from stages.evaluation.library_cache import feed, left_in
 from stages.generation.causal import Causal, Prompts
 
 
@@ -33,7 +34,7 @@ class CausalState:
         output = generator.forward(
             last, input_ids=ids, attention_mask=mask, use_cache=True, **_placed(generator, place.clamp(min=0))
         )
-        return cls(generator, output.past_key_values, mask, length.squeeze(1), width, output.logits[:, 0])
+        return cls(generator, left_in(output), mask, length.squeeze(1), width, output.logits[:, 0])
 
     def first(self) -> Tensor:
         """log p of the answer's first token, fp32 [R, V]."""
@@ -44,10 +45,10 @@ class CausalState:
         self.mask = torch.cat([self.mask, torch.ones_like(tokens)], dim=1)
         positions = self.positions[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         output = self.generator.forward(
-            None, input_ids=tokens, attention_mask=self.mask, past_key_values=self.cache, use_cache=True,
-            **_placed(self.generator, positions),
+            None, input_ids=tokens, attention_mask=self.mask, use_cache=True,
+            **feed(self.generator.model, self.cache), **_placed(self.generator, positions),
         )  # fmt: skip
-        self.cache, self.positions = output.past_key_values, self.positions + tokens.shape[1]
+        self.cache, self.positions = left_in(output), self.positions + tokens.shape[1]
         return output.logits
 
     def reorder(self, rows: LongTensor) -> None:

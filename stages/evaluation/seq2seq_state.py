@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import LongTensor, Tensor
 from transformers import EncoderDecoderCache
 
+from stages.evaluation.library_cache import feed, left_in
 from stages.generation.seq2seq import Contexts, Seq2Seq, forward
 
 
@@ -27,8 +28,10 @@ class Seq2SeqState:
 
     def advance(self, tokens: Tensor) -> Tensor:
         """Feeds `tokens` [R, n]; the logits [R, n, V] after each of them."""
-        output = forward(self.generator.model, self.contexts, tokens, past_key_values=self.cache, use_cache=True)
-        self.cache = output.past_key_values
+        output = forward(
+            self.generator.model, self.contexts, tokens, use_cache=True, **feed(self.generator.model, self.cache)
+        )
+        self.cache = left_in(output)
         return output.logits
 
     def reorder(self, rows: LongTensor) -> None:

@@ -12,6 +12,7 @@ from torch import BoolTensor, LongTensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stages.corpus.text_tokens import text_rows
+from stages.storage.outside_files import hint, split_revision
 
 
 def load_tokenizer(path_or_name: str) -> PreTrainedTokenizerBase:
@@ -45,13 +46,15 @@ def source_of(path_or_name: str) -> tuple[str, dict[str, str]]:
 
 
 def from_pretrained(auto_class, source: str, named: str, **options):
+    """From a folder, or from the hub, where `source` may be pinned: name@revision. ValueError in one line."""
     try:
-        return auto_class.from_pretrained(source, trust_remote_code=False, **options)
+        source, pinned = split_revision(source)
+        return auto_class.from_pretrained(source, trust_remote_code=False, **pinned, **options)
     except (OSError, ValueError, ImportError, LookupError, struct.error, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         if reason.startswith("Couldn't instantiate the backend tokenizer"):
             reason = "it has no tokenizer"
-        raise ValueError(f"models.generator: {named} cannot be loaded: {reason}") from error
+        raise ValueError(f"models.generator: {named} cannot be loaded: {reason}{hint(named)}") from error
 
 
 def token_rows(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

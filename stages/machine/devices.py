@@ -32,16 +32,28 @@ def prepare_torch(runtime: Runtime):
     return device
 
 
+def allowed_cores() -> list[int]:
+    """Cores that this process may run on; all of them where the system does not say (macOS)."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
 def free_cores() -> int:
     """Cores that nobody else is using right now, at least one; of several ranks on this host, a rank's part of them.
 
     More threads than free cores is not a little slower but several times: every barrier waits for the contended one.
-    OMP_NUM_THREADS is an upper bound where it is set.
+    OMP_NUM_THREADS is an upper bound where it is set; of a list, one number a level of nesting, the first. Raises ValueError.
     """
     import psutil
 
-    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    allowed = allowed_cores()
     busy = psutil.cpu_percent(interval=0.5, percpu=True)
     free = sum(1 for core in allowed if core >= len(busy) or busy[core] < 60)
-    limit = int(os.environ.get("OMP_NUM_THREADS") or len(allowed))
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if asked and not (asked.isdecimal() and int(asked)):
+        raise ValueError(
+            f"OMP_NUM_THREADS: {os.environ['OMP_NUM_THREADS']} is no number of threads; set one or unset it"
+        )
+    limit = int(asked or len(allowed))
     return max(1, min(free // launching.ranks_on_this_host(), limit))

@@ -1,10 +1,10 @@
 """How an entry point runs: a user's mistake in one line, a signal's exit code, the repository it belongs to."""
 
+import dis
 import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def root_folder() -> Path:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs an entry point; a user's mistake (a ValueError raised by our own code) ends it with one line.
+    """Runs an entry point; a user's mistake (a ValueError that our own code raises) ends it with one line.
 
     Anything else keeps its traceback: it is ours or a library's to explain. A signal ends it with exit code 128 plus the
     signal's number, as a shell would report it.
@@ -31,8 +31,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except ValueError as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        if CODE not in raised_in.parents:
+        if not raised_by_us(error):
             raise
         if launching.rank():
             # A mistake is mostly every rank's: rank 0 tells it, and the launcher ends us meanwhile.
@@ -46,3 +45,16 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+def raised_by_us(error: Exception) -> bool:
+    """Whether a `raise` in our code made this error, rather than a library or a builtin that it called, as in int("4,2").
+
+    A builtin leaves no frame of its own, so that ours is the last one; but there it was calling, not raising.
+    """
+    last = error.__traceback__
+    while last.tb_next:
+        last = last.tb_next
+    code = last.tb_frame.f_code
+    ours = CODE in Path(code.co_filename).resolve().parents
+    return ours and code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]

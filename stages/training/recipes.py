@@ -1,10 +1,12 @@
 """How questions become optimizer updates: the switches of a recipe that are not in the loss.
 
 A new-recipe step is one update over batch_size x gradient_accumulation_steps questions, forwarded batch_size at a time,
-each question weighing the same. The old recipe takes one batch, steps after every gradient_accumulation_steps questions
-in it, and drops the gradients of what is left at the batch's end.
+each question weighing the same. The stream of questions goes on over an epoch's end: no update is smaller than the others,
+where a single question would move the weights as much as a whole step. The old recipe takes one batch, steps after every
+gradient_accumulation_steps questions in it, and drops the gradients of what is left at the batch's end.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -44,19 +46,22 @@ def check_ranks(recipe: Recipe, ranks: int) -> None:
 
 
 def updates(count: int, seed: int, recipe: Recipe, batch_size: int, accumulation: int) -> Iterator[Update]:
-    """Endless updates over `count` training questions, epoch after epoch; an epoch's last update may be short."""
-    epoch = 0
-    while True:
-        order = epoch_order(count, seed, epoch)
-        if recipe.accumulation == "across_batches":
-            for step in _chunks(order, batch_size * accumulation):
-                yield Update(_forwards(_chunks(step, batch_size), recipe), divisor=len(step), applied=True)
-        else:
-            for batch in _chunks(order, batch_size):
-                for chunk in _chunks(batch, accumulation):
-                    full = len(chunk) == accumulation
-                    yield Update(_forwards([chunk], recipe), divisor=accumulation, applied=full)
-        epoch += 1
+    """Endless updates over `count` training questions, epoch after epoch; the same ones each time, so that a training goes
+    on by leaving out as many as it has taken.
+
+    Across batches, each is of batch_size x accumulation questions: the last of an epoch and the first of the next.
+    """
+    orders = (epoch_order(count, seed, epoch) for epoch in itertools.count())
+    if recipe.accumulation == "across_batches":
+        stream = itertools.chain.from_iterable(orders)
+        while True:
+            step = list(itertools.islice(stream, batch_size * accumulation))
+            yield Update(_forwards(_chunks(step, batch_size), recipe), divisor=len(step), applied=True)
+    for order in orders:
+        for batch in _chunks(order, batch_size):
+            for chunk in _chunks(batch, accumulation):
+                full = len(chunk) == accumulation
+                yield Update(_forwards([chunk], recipe), divisor=accumulation, applied=full)
 
 
 def _forwards(batches: list[list[int]], recipe: Recipe) -> list[list[int]]:

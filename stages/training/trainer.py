@@ -59,9 +59,8 @@ class Trainer:
             self.refresh, keep_threads,
         )  # fmt: skip
         self.sizes = weights_by_tokens(rag.question_encoder, rag.generator_model)
-        self.matrix_rate = matrix_rate(
-            device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float)
-        )
+        computed_in = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float)
+        self.matrix_rate = matrix_rate(device, computed_in) if device.type == "cuda" else None
 
     def run(
         self, training: Examples, validation: Examples, on_point: Callable[[dict], None],
@@ -274,7 +273,7 @@ class Trainer:
             "seconds_per_batch": seconds / max(1, window.forwards),  # this rank's
             "questions_per_second": sums["questions"] / seconds,
             "tokens_per_second": (float(sums["context_tokens"]) + float(sums["target_tokens"])) / seconds,
-            "mfu": flop / seconds / (self.matrix_rate * ranks.world()),
+            **({"mfu": flop / seconds / (self.matrix_rate * ranks.world())} if self.matrix_rate else {}),
             "host_wait": (window.waited + window.waits.seconds()) / seconds,
             **gpu_use_of_ranks(self.accelerator.device),
         }

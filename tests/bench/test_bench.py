@@ -27,7 +27,8 @@ def test_training_beside_transformers():
     assert 0 < ours["best"] <= ours["median"] <= ours["worst"]
     assert found["times_as_fast"] == theirs["median"] / ours["median"]
     # Random weights know nothing: 8,192 words, about six tokens an answer.
-    assert 30 < found["ours"]["train_loss_per_sequence"] < 90 and 0 < found["ours"]["mfu"] < 1
+    assert 30 < found["ours"]["train_loss_per_sequence"] < 90
+    assert "mfu" not in found["ours"]  # of a CPU nobody knows what it could do
 
 
 def test_the_old_recipe_trains_one_question_a_pass():

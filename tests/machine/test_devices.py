@@ -1,6 +1,7 @@
 """A sensible machine: the device that was asked for, and the free cores."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -25,3 +26,29 @@ def test_free_cores_are_at_least_one_and_bounded(monkeypatch):
     assert 1 <= devices.free_cores() <= (os.cpu_count() or 1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert devices.free_cores() == 1
+
+
+@pytest.mark.parametrize(("asked", "most"), [("1,4", 1), ("2, 1", 2), (" 1 ", 1), ("", None)])
+def test_the_first_level_of_nesting_counts(monkeypatch, asked, most):
+    monkeypatch.setattr(
+        devices, "allowed_cores", lambda: list(range(64, 128))
+    )  # of which nobody says that they are busy
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert devices.free_cores() == (most or 64)
+
+
+@pytest.mark.parametrize("asked", ["four", "-1", "0", "1.5"])
+def test_what_is_no_number_of_threads_is_one_line(monkeypatch, asked):
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    with pytest.raises(ValueError, match=f"OMP_NUM_THREADS: {asked} is no number of threads"):
+        devices.free_cores()
+
+
+def test_without_affinity_all_cores_are_allowed(monkeypatch):
+    """As on macOS; nothing but `allowed_cores` asks for it."""
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert devices.allowed_cores() == list(range(os.cpu_count() or 1)) and devices.free_cores() >= 1
+    users = [
+        file.name for file in Path("stages").rglob("*.py") if "sched_getaffinity" in file.read_text(encoding="utf-8")
+    ]
+    assert users == ["devices.py"]

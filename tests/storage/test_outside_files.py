@@ -2,15 +2,21 @@
 
 import hashlib
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from stages import inputs
+from stages.encoders.encoder import load_encoder
+from stages.generation.generator import load_generator
 from stages.machine.entry import run
 from stages.storage import manifest
-from stages.storage.outside_files import describe, describe_model, find
+from stages.storage.outside_files import describe, describe_model, find, split_revision
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -149,3 +155,93 @@ def test_the_sample_reads_no_file_of_data(project):
     Path("params.yaml").write_text(yaml.safe_dump(project), encoding="utf-8")
     run(inputs.main)
     assert json.loads(noted()["data.json"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("data/tiny/generater", "data/tiny/generator"), ("./data/tinny/generator", "data/tiny/generator"),
+        ("data/tiny/other", None), ("data/tiny/generator/x/y/z", None),
+    ],
+)  # fmt: skip
+def test_a_mistyped_folder_is_told_with_what_was_meant(tmp_path, monkeypatch, name, meant):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/tiny/generator").mkdir(parents=True)
+    with pytest.raises(ValueError, match="models.generator: .* not found") as error:
+        describe_model(name, "models.generator")
+    assert str(error.value).endswith(f"; did you mean {meant}?") if meant else "did you mean" not in str(error.value)
+
+
+def test_the_folder_that_was_meant_may_lie_at_the_real_root(tmp_path, monkeypatch):
+    (tmp_path / "root/my_model").mkdir(parents=True)
+    (tmp_path / "copy").mkdir()
+    monkeypatch.chdir(tmp_path / "copy")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "root"))
+    with pytest.raises(ValueError, match="did you mean my_model\\?"):
+        describe("./my_modle", "models.generator")
+
+
+@pytest.mark.parametrize("load", [load_generator, lambda name: load_encoder(name, "models.question_encoder")])
+def test_a_mistyped_folder_that_could_be_a_hub_name_is_told_when_nothing_loads(tmp_path, monkeypatch, load):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "my_model").mkdir()
+    with pytest.raises(ValueError) as error:
+        load("my-model")
+    expected = "; there is no folder my-model here, so the hub was asked for it; did you mean my_model?"
+    assert str(error.value).endswith(expected) and "\n" not in str(error.value)
+
+
+def test_a_revision_belongs_to_a_hub_name_and_not_to_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert split_revision("facebook/bart-large@0123abc") == ("facebook/bart-large", {"revision": "0123abc"})
+    assert split_revision("facebook/bart-large") == ("facebook/bart-large", {})
+    assert describe_model("a/b@refs/pr/1", "models.generator") == {"a/b@refs/pr/1": "hub"}
+    (tmp_path / "model@2").mkdir()
+    assert split_revision("model@2") == ("model@2", {})
+
+
+def hub(folder: Path) -> list[str]:
+    """A hub's cache with two revisions of an encoder and of a generator; `main` is the second. Returns their names."""
+    revisions = ["1" * 40, "2" * 40]
+    for kind, field in (("encoder", "attention_probs_dropout_prob"), ("generator", "attention_dropout")):
+        repository = folder / f"models--own--{kind}"
+        for revision, value in zip(revisions, (0.25, 0.5), strict=True):
+            snapshot = repository / "snapshots" / revision
+            shutil.copytree(ROOT / "data/tiny" / kind, snapshot)
+            config = json.loads((snapshot / "config.json").read_text())
+            (snapshot / "config.json").write_text(json.dumps(config | {field: value}))
+            for optional in (
+                "modules.json", "config_sentence_transformers.json", "adapter_config.json", "added_tokens.json",
+                "special_tokens_map.json", "chat_template.jinja", "model.safetensors.index.json", "processor_config.json",
+            ):  # fmt: skip
+                absent = repository / ".no_exist" / revision / optional
+                absent.parent.mkdir(parents=True, exist_ok=True)
+                absent.touch()
+        (repository / "refs").mkdir()
+        (repository / "refs/main").write_text(revisions[1])
+    return revisions
+
+
+LOAD = """
+import sys
+from stages.encoders.encoder import load_encoder
+from stages.generation.generator import load_generator
+from stages.generation.tokenizer import load_tokenizer
+for at in sys.argv[1:]:
+    encoder = load_encoder(f"own/encoder{at}", "models.question_encoder")
+    generator = load_generator(f"own/generator{at}")
+    assert len(load_tokenizer(f"own/generator{at}")) == len(generator.tokenizer)
+    print(encoder.model.config.attention_probs_dropout_prob, generator.model.config.attention_dropout)
+"""
+
+
+def test_models_of_the_hub_are_loaded_at_their_revision(tmp_path):
+    revisions = hub(tmp_path / "hub")
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, "", *(f"@{revision}" for revision in revisions)], env=environment, cwd=tmp_path,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split("\n") == ["0.5 0.5", "0.25 0.25", "0.5 0.5", ""]

@@ -27,6 +27,15 @@ def test_flop_are_those_of_the_matrix_products_of_a_step():
     assert abs(counted - expected) < 0.02 * expected
 
 
+def test_a_matrix_that_does_not_learn_counts_two_thirds():
+    rag = tiny_rag()
+    everything = weights_by_tokens(rag.question_encoder, rag.generator_model)
+    rag.generator_model.requires_grad_(False)
+    frozen = weights_by_tokens(rag.question_encoder, rag.generator_model)
+    assert frozen["question"] == everything["question"]
+    assert frozen["context"] == pytest.approx(everything["context"] * 2 / 3)
+
+
 def test_distinct_share_is_that_of_a_set():
     for rows in ([[3, 1, 1], [3, 2, -1]], [[0, 0, 0], [0, 0, 0]], [[-1, -1, -1]], [[4, 5, 6]]):
         present = [row for some in rows for row in some if row >= 0]
