@@ -29,7 +29,7 @@ def main() -> None:
 
     logging.disable_progress_bar()
     from stages.bm25.hits import find_hits
-    from stages.corpus.arrow import read_rows
+    from stages.corpus.arrow import row_reader
     from stages.evaluation.answering import answer, passages_of, retrieve
     from stages.generation import marginalization
     from stages.rag.folder import load_rag_parts
@@ -38,7 +38,7 @@ def main() -> None:
 
     rag = open_rag_on(load_rag_parts(MODEL), index_folders(MODEL, INDEX, VECTORS), TOKENS, params, device)
     rag.eval()
-    passages = read_rows(PREPARED / "passages.arrow")
+    passages = row_reader(PREPARED / "passages.arrow")
 
     def show(question: str) -> None:
         hits = find_hits(LEXICAL, [question], params.retriever.hybrid_depth)
@@ -47,7 +47,7 @@ def main() -> None:
         prior = marginalization.log_prior(found.scores)
         marginal = params.recipe.marginalization
         given = next(answer(rag, examples, found.rows, prior, params.evaluate, marginal, ""))
-        texts = [passages[row] if row >= 0 else None for row in found.rows[0].tolist()]
+        texts = [passages(row) if row >= 0 else None for row in found.rows[0].tolist()]
         print(f"{given.text}    (probability {2.718281828**given.log_prob:.2f})\n\nprior  posterior  passage")
         for passage, text in zip(passages_of(given, prior[0], texts), filter(None, texts), strict=True):
             shown = text["text"] if len(text["text"]) <= 110 else text["text"][:107] + "..."

@@ -1,6 +1,7 @@
 """dvc.yaml and the house against the code: what a stage declares is what it imports, and imports point down."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -200,3 +201,13 @@ def test_a_stage_writes_beside_and_renames(stage):
             places = {name.id for part in node.args for name in ast.walk(part) if isinstance(name, ast.Name)}
             in_place = target in ("open", "np.save") or target.endswith((".save", ".save_pretrained"))
             assert not (in_place and any(name.isupper() and len(name) > 3 for name in places)), ast.unparse(node)
+
+
+@pytest.mark.slow
+def test_a_question_waits_for_no_library_that_its_answer_does_not_need():
+    main = ast.parse(MODULES["ask"].read_text(encoding="utf-8"))
+    imported = [ast.unparse(node) for node in ast.walk(main) if isinstance(node, ast.ImportFrom)]
+    heavy = ("datasets", "pandas", "bm25s", "peft", "mlflow", "matplotlib", "tensorboard")
+    program = "\n".join([*imported, "import sys", f"print([name for name in {heavy} if name in sys.modules])"])
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

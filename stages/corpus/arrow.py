@@ -2,16 +2,19 @@
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset
 
 from stages.storage import manifest
+
+if TYPE_CHECKING:  # a second that one question need not wait for
+    from datasets import Dataset
 
 PASSAGES = pa.schema([("id", pa.string()), ("title", pa.large_string()), ("text", pa.large_string())])
 QUESTIONS = pa.schema(
@@ -43,20 +46,36 @@ def write_rows(path: Path, schema: pa.Schema, rows: Iterable[dict]) -> int:
     return count
 
 
-def read_rows(path: Path) -> Dataset:
+def read_rows(path: Path) -> "Dataset":
     """The rows of an Arrow file, memory-mapped."""
+    from datasets import Dataset
+
+    with _whole(path):
+        return Dataset.from_file(str(path))
+
+
+def row_reader(path: Path) -> Callable[[int], dict]:
+    """A function from a row's number to the row: for a few of them, in place of `read_rows`."""
+    with _whole(path):
+        table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+    return lambda row: table.slice(row, 1).to_pylist()[0]
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Around the reading of a file; raises ValueError in one line where it is missing or damaged."""
     if not path.is_file():
         raise ValueError(f"{path}: not found; run `dvc repro` (or python -m stages.prepare) first")
     problem = manifest.damage(path.parent, (path.name,))
     if problem:
         raise ValueError(f"{path}: damaged ({problem}); delete it and run `dvc repro --force prepare`")
     try:
-        return Dataset.from_file(str(path))
+        yield
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path}: damaged ({error}); delete it and run `dvc repro --force prepare`") from None
 
 
-def positions_of(passages: Dataset, wanted: set[str] | None = None) -> dict[str, int]:
+def positions_of(passages: "Dataset", wanted: set[str] | None = None) -> dict[str, int]:
     """The row of every passage id, or of the wanted ones: 21 million ids need 3 GB, those that questions name little."""
     ids = passages.select_columns("id").with_format("arrow")
     names = None if wanted is None else pa.array(sorted(wanted), pa.string())
@@ -69,7 +88,7 @@ def positions_of(passages: Dataset, wanted: set[str] | None = None) -> dict[str,
     return found
 
 
-def gold_rows(questions: Dataset, passages: Dataset) -> list[list[int]]:
+def gold_rows(questions: "Dataset", passages: "Dataset") -> list[list[int]]:
     """Rows of the passages that each question names as its own, as far as they are in the corpus."""
     named = questions["positive_ids"]
     position = positions_of(passages, {name for names in named for name in names})

@@ -3,9 +3,9 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,6 +19,9 @@ from stages.generation import marginalization
 from stages.params import Evaluate
 from stages.rag.batches import Examples
 from stages.rag.model import Rag
+
+if TYPE_CHECKING:  # a second that one question need not wait for
+    from datasets import Dataset
 
 RECALL_DEPTHS = (1, 5, 20)
 
@@ -78,8 +81,8 @@ def answer(
 
 def evaluate(
     rag: Rag,
-    questions: Dataset,
-    passages: Dataset,
+    questions: "Dataset",
+    passages: "Dataset",
     gold_rows: list[list[int]],
     settings: Evaluate,
     marginal: str,

@@ -16,10 +16,6 @@ from transformers import (
     AutoTokenizer,
     DPRQuestionEncoder,
     GenerationConfig,
-    RagConfig,
-    RagSequenceForGeneration,
-    RagTokenForGeneration,
-    RagTokenizer,
 )
 
 from stages.encoders.encoder import Encoder, load_encoder
@@ -29,7 +25,6 @@ from stages.rag.model import Rag
 from stages.storage import manifest
 
 BEAMS = 4  # of transformers' `generate` where it is not told: evaluate.num_beams as shipped
-CLASSES = {"token": RagTokenForGeneration, "sequence": RagSequenceForGeneration, "average": RagSequenceForGeneration}
 
 
 def save_rag(rag: Rag, folder: Path, marginal: str) -> None:
@@ -79,6 +74,9 @@ def _describe_answers(generator: Generator, answer_tokens: int) -> None:
 
 
 def _save_transformers_rag(rag: Rag, folder: Path, marginal: str) -> None:
+    # Here and not above: they import `datasets`, a second that a question to another model need not wait for.
+    from transformers import RagConfig, RagSequenceForGeneration, RagTokenForGeneration, RagTokenizer
+
     generator = rag.generator
     config = RagConfig.from_question_encoder_generator_configs(
         rag.question_encoder.config, generator.model.config, n_docs=rag.n_docs, title_sep=" / ", doc_sep=" // ",
@@ -88,7 +86,8 @@ def _save_transformers_rag(rag: Rag, folder: Path, marginal: str) -> None:
         eos_token_id=generator.eos_token_id, pad_token_id=generator.pad_token_id,
         decoder_start_token_id=generator.decoder_prefix[-1],
     )  # fmt: skip
-    model = CLASSES[marginal](config=config, question_encoder=rag.question_encoder, generator=generator.model)
+    kind = RagTokenForGeneration if marginal == "token" else RagSequenceForGeneration
+    model = kind(config=config, question_encoder=rag.question_encoder, generator=generator.model)
     model.save_pretrained(folder)
     generator.model.generation_config.save_pretrained(folder)  # RagSequenceForGeneration keeps none itself
     RagTokenizer(rag.encoder.tokenizer, generator.tokenizer).save_pretrained(folder)
@@ -103,6 +102,8 @@ def load_rag_parts(folder: Path) -> tuple[Encoder, Generator]:
     if in_parts:
         encoder = load_encoder(str(folder / "question_encoder"), "models.question_encoder", DPRQuestionEncoder)
         return encoder, load_saved_generator(folder / "generator")
+    from transformers import RagSequenceForGeneration
+
     try:
         model = RagSequenceForGeneration.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
         encoder_tokenizer = AutoTokenizer.from_pretrained(

@@ -3,7 +3,17 @@
 import pytest
 from datasets import Dataset
 
-from stages.corpus.arrow import PASSAGES, QUESTIONS, batches, gold_rows, positions_of, read_rows, replacing, write_rows
+from stages.corpus.arrow import (
+    PASSAGES,
+    QUESTIONS,
+    batches,
+    gold_rows,
+    positions_of,
+    read_rows,
+    replacing,
+    row_reader,
+    write_rows,
+)
 
 ROWS = [{"id": f"p{i}", "title": f"Título {i}", "text": "x" * i} for i in range(2700)]
 
@@ -12,6 +22,8 @@ def test_round_trip_from_a_generator(tmp_path):
     assert write_rows(tmp_path / "a" / "passages.arrow", PASSAGES, (row for row in ROWS)) == 2700
     rows = read_rows(tmp_path / "a" / "passages.arrow")
     assert list(rows) == ROWS and positions_of(rows)["p1234"] == 1234
+    row = row_reader(tmp_path / "a" / "passages.arrow")
+    assert [row(place) for place in (0, 999, 1000, 2699)] == [ROWS[place] for place in (0, 999, 1000, 2699)]
 
 
 def test_questions_keep_their_lists(tmp_path):
@@ -64,6 +76,8 @@ def test_missing_and_damaged_files_are_named(tmp_path):
         read_rows(tmp_path / "none.arrow")
     path = tmp_path / "passages.arrow"
     path.write_bytes(b"not arrow at all")
+    with pytest.raises(ValueError, match="passages.arrow: damaged"):
+        row_reader(path)
     with pytest.raises(ValueError, match="passages.arrow: damaged") as error:
         read_rows(path)
     assert "\n" not in str(error.value)
