@@ -19,7 +19,9 @@ from stages.packed.packing import PackedAnswers, Packing, attention
 
 # Their layers hand what they do not know on to the attention function, and read nothing but positions besides. Their
 # logits are what the head says: nothing scales or caps them behind it, as in Gemma 2, Cohere and Granite.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = (
+    "gemma", "gemma3_text", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3", "starcoder2",
+)  # fmt: skip
 NAME = "packed"
 
 
@@ -32,13 +34,11 @@ def packed_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
         )
-    if scaling is not None:
-        query = query * (scaling * query.shape[-1] ** 0.5)  # the kernel divides by the square root itself
-    shared = query.shape[1] // key.shape[1]
     query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
-    if shared > 1:  # heads that share keys and values
-        key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
-    return attention(query, key, value, packing, packing, dropout, causal=True)[None], None
+    mixed = attention(
+        query, key, value, packing, packing, dropout, causal=True, scale=scaling, window=others.get("sliding_window")
+    )
+    return mixed[None], None
 
 
 AttentionInterface.register(NAME, packed_attention)
@@ -60,11 +60,10 @@ class PackedCausal:
 
     @staticmethod
     def fits(config) -> bool:
-        """Whether a model of this configuration can be packed: one of FAMILIES whose layers all see everything."""
+        """Whether a model of this configuration can be packed: one of FAMILIES that sees nothing behind a token."""
+        capped = getattr(config, "final_logit_softcapping", None)
         return (
-            config.model_type in FAMILIES
-            and set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
-            and (config.model_type != "mistral" or config.sliding_window is None)
+            config.model_type in FAMILIES and not capped and not getattr(config, "use_bidirectional_attention", False)
         )
 
     def token_log_probs(

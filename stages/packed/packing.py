@@ -4,7 +4,9 @@ On a GPU in half precision attention is FlashAttention's variable-length kernel 
 it is torch's, padded for that one operation.
 """
 
+import sys
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -107,18 +109,67 @@ class PackedAnswers:
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, asking: Packing, asked: Packing, dropout: float, causal: bool = False
-) -> Tensor:
-    """Softmax attention of packed [tokens, heads, d] queries, each over the keys of the row of the same number."""
-    if query.is_cuda and query.dtype in HALF:
+    query: Tensor, key: Tensor, value: Tensor, asking: Packing, asked: Packing, dropout: float, causal: bool = False,
+    scale: float | None = None, window: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Softmax attention of packed [tokens, heads, d] queries, each over the keys of the row of the same number.
+
+    Keys and values may have fewer heads, each shared by as many neighbouring ones of the queries. `scale` None is
+    1 / sqrt(d). With a `window`, which wants `causal`, a query sees its own position and the window - 1 before it.
+    """
+    query, key, value = in_autocast_dtype(query, key, value)
+    if query.is_cuda and query.dtype in HALF and has_flash():
         # torch.nn.attention.varlen's kernel; its public function (torch 2.11 to 2.13) has no dropout.
         return torch.ops.aten._flash_attention_forward(
-            query, key, value, asking.offsets, asked.offsets, asking.width, asked.width, dropout, causal, False
-        )[0]
+            query, key, value, asking.offsets, asked.offsets, asking.width, asked.width, dropout, causal, False,
+            scale=scale, window_size_left=None if window is None else window - 1,
+        )[0]  # fmt: skip
+    shared = query.shape[1] // key.shape[1]
+    if shared > 1:
+        key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
     padded = [p.unpack(t).transpose(1, 2) for p, t in ((asking, query), (asked, key), (asked, value))]
+    mask = _mask(asking, asked, causal, window)
+    mixed = F.scaled_dot_product_attention(*padded, attn_mask=mask, dropout_p=dropout, scale=scale)
+    return asking.pack(mixed.transpose(1, 2))
+
+
+def in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:
+    """The tensors as a matrix product would take them.
+
+    Under autocast rotary embeddings leave queries and keys in fp32, which torch's own attention casts back, and which
+    FlashAttention's kernels do not know.
+    """
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
+
+
+@torch.compiler.assume_constant_result
+def has_flash() -> bool:
+    """Whether FlashAttention's kernels run on this process's GPU; where not, a line says so."""
+    return _has_flash()
+
+
+@cache
+def _has_flash() -> bool:
+    capability = torch.cuda.get_device_capability()
+    fits = capability >= (8, 0) and torch.backends.cuda.is_flash_attention_available()
+    if not fits:
+        print(
+            f"FlashAttention is not used: it needs a GPU of compute capability 8.0 or more and a torch that has it; "
+            f"this one has {capability[0]}.{capability[1]}",
+            file=sys.stderr,
+        )
+    return fits
+
+
+def _mask(asking: Packing, asked: Packing, causal: bool, window: int | None) -> Tensor:
+    """Which keys [R, 1, 1 or queries, keys] the queries of each padded row see."""
     lengths = asked.offsets[1:] - asked.offsets[:-1]
-    column = torch.arange(asked.width, device=query.device)
+    column = torch.arange(asked.width, device=lengths.device)
     mask = (column < lengths[:, None])[:, None, None]
     if causal:
-        mask = mask & torch.ones(asking.width, asked.width, dtype=torch.bool, device=query.device).tril()
-    return asking.pack(F.scaled_dot_product_attention(*padded, attn_mask=mask, dropout_p=dropout).transpose(1, 2))
+        seen = torch.ones(asking.width, asked.width, dtype=torch.bool, device=lengths.device).tril()
+        mask = mask & (seen if window is None else seen.triu(1 - window))
+    return mask
