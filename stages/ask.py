@@ -17,6 +17,7 @@ from stages.params import load_params
 
 PREPARED, TOKENS, LEXICAL = Path("data/prepared"), Path("data/tokens"), Path("data/lexical")
 VECTORS, INDEX, MODEL = Path("data/vectors"), Path("data/index"), Path("data/model")
+RERANKER = Path("data/reranker")
 
 
 def main() -> None:
@@ -34,11 +35,17 @@ def main() -> None:
     from stages.generation import marginalization
     from stages.rag.folder import load_rag_parts
     from stages.rag.model import open_rag_on
+    from stages.rag.prior import load_prior
     from stages.search.passage_index import index_folders
+    from stages.search.reranking import load_reranker
 
-    rag = open_rag_on(load_rag_parts(MODEL), index_folders(MODEL, INDEX, VECTORS), TOKENS, params, device)
-    rag.eval()
     passages = row_reader(PREPARED / "passages.arrow")
+    rag = open_rag_on(
+        load_rag_parts(MODEL), index_folders(MODEL, INDEX, VECTORS), TOKENS, params, device,
+        load_prior(MODEL, params.retriever),
+        reranker=load_reranker(RERANKER, params.models.reranker, len(passages), MODEL / "reranker"),
+    )  # fmt: skip
+    rag.eval()
 
     def show(question: str) -> None:
         hits = find_hits(LEXICAL, [question], params.retriever.hybrid_depth)

@@ -12,7 +12,8 @@ from pathlib import Path
 from stages.machine.entry import run
 
 WRITTEN_BY = {
-    "prepared": "prepare", "tokens": "tokens", "lexical": "lexical", "vectors": "encode", "index": "index", "model": "train",
+    "prepared": "prepare", "tokens": "tokens", "lexical": "lexical", "vectors": "encode", "index": "index",
+    "reranker": "reranker", "model": "train",
 }  # fmt: skip
 
 

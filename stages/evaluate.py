@@ -15,6 +15,7 @@ from stages.machine.stage_params import stage_params
 
 PREPARED, TOKENS, LEXICAL = Path("data/prepared"), Path("data/tokens"), Path("data/lexical")
 VECTORS, INDEX, MODEL = Path("data/vectors"), Path("data/index"), Path("data/model")
+RERANKER = Path("data/reranker")
 PREDICTIONS, METRICS = Path("data/predictions"), Path("metrics/eval.json")
 TABLE_ROWS = 500
 
@@ -28,7 +29,9 @@ def main() -> None:
     from stages.evaluation.answering import evaluate
     from stages.rag.folder import load_rag_parts
     from stages.rag.model import open_rag_on
+    from stages.rag.prior import load_prior
     from stages.search.passage_index import index_folders
+    from stages.search.reranking import load_reranker
     from stages.storage import manifest
     from stages.storage.leftovers import drop_finished
     from stages.tracking.runs import open_run
@@ -40,9 +43,12 @@ def main() -> None:
     trained = json.loads((MODEL / "run.json").read_text(encoding="utf-8"))
     drop_finished(root, trained["fingerprint"])
     dtype = generator_dtype(settings.precision, device)
-    rag = open_rag_on(parts, index_folders(MODEL, INDEX, VECTORS), TOKENS, params, device)
-    cast_weights(rag.generator_model, dtype)  # retrieval stays in fp32
     passages = read_rows(PREPARED / "passages.arrow")
+    rag = open_rag_on(
+        parts, index_folders(MODEL, INDEX, VECTORS), TOKENS, params, device, load_prior(MODEL, params.retriever),
+        reranker=load_reranker(RERANKER, params.models.reranker, len(passages), MODEL / "reranker"),
+    )  # fmt: skip
+    cast_weights(rag.generator_model, dtype)  # retrieval stays in fp32
     questions = read_rows(PREPARED / f"{settings.split}.arrow")
     hits = read_hits(LEXICAL, settings.split, params.retriever.hybrid_depth, len(questions), len(passages))
     if settings.num_samples:

@@ -27,6 +27,7 @@ def main() -> None:
             "context_encoder": describe_model(models.context_encoder, "models.context_encoder"),
         },
         "generator": {"generator": describe_model(models.generator, "models.generator")},
+        "reranker": {"reranker": describe_model(models.reranker, "models.reranker")} if models.reranker else {},
         "index": {"import_path": describe(import_path, "index.import_path")} if import_path else {},
     }
 

@@ -112,6 +112,7 @@ class Models(Section):
     generator: Name
     chat_template: bool
     lora: Lora | None
+    reranker: Name | None
 
 
 class Lengths(Section):
@@ -142,6 +143,13 @@ class HardNegatives(Section):
         return self
 
 
+class RerankerWarmUp(Section):
+    steps: Count
+    batch_size: Positive
+    negatives: Annotated[int, Field(ge=1, le=100)]
+    learning_rate: Rate
+
+
 class Retriever(Section):
     n_docs: Positive
     steps: Count
@@ -150,7 +158,12 @@ class Retriever(Section):
     score_scale: Annotated[float, Field(gt=0)]
     hybrid_depth: Annotated[int, Field(ge=0, le=1000)]
     hybrid_weight: Annotated[float, Field(ge=0)]
+    rerank_depth: Annotated[int, Field(ge=1, le=1000)]
+    cross_weight: Annotated[float, Field(ge=0)]
+    temperature: Annotated[float, Field(gt=0)]
+    learn_weights: bool
     hard_negatives: HardNegatives
+    reranker: RerankerWarmUp
 
     @model_validator(mode="after")
     def _enough_hits(self) -> "Retriever":
@@ -196,6 +209,8 @@ class Train(Section):
     learning_rate: Rate
     question_encoder_learning_rate: Rate | None
     context_encoder_learning_rate: Rate | None
+    reranker_learning_rate: Rate | None
+    prior_learning_rate: Rate
     warmup_steps: Count
     weight_decay: Share
     max_grad_norm: Annotated[float, Field(gt=0)]
@@ -209,6 +224,7 @@ class Train(Section):
     halve_on_oom: bool
     max_skipped_steps: Positive
     index_refresh_steps: Count
+    answers: Literal["first", "drawn"]
 
 
 class Recipe(Section):
@@ -290,6 +306,16 @@ class Params(Section):
         if self.train.warmup_steps >= self.train.max_steps:
             raise ValueError(
                 f"train.warmup_steps: {self.train.warmup_steps} must be less than train.max_steps ({self.train.max_steps})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_reranker_has_enough_candidates(self) -> "Params":
+        depth, n_docs = self.retriever.rerank_depth, self.retriever.n_docs
+        if self.models.reranker and depth < n_docs:
+            raise ValueError(
+                f"retriever.rerank_depth: {depth} candidates are fewer than retriever.n_docs ({n_docs}); raise it or set "
+                "models.reranker to null"
             )
         return self
 

@@ -1,9 +1,11 @@
-"""How often the retriever finds a gold passage before joint training: dense, by BM25, and by both at several weights.
+"""How often the retriever finds a gold passage: dense, by BM25, by both at several weights, and reranked.
 
-    dvc repro index lexical && python -m stages.recall          # the validation questions: choose retriever.hybrid_weight by them
+    dvc repro reranker lexical && python -m stages.recall       # the validation questions: choose retriever.hybrid_weight by them
     python -m stages.recall --split test --weights 0.3 1 --out recall.json
+    python -m stages.recall --split test --trained              # the same after joint training: encoder, reranker and weights
 
-Not a stage. Reads data/prepared, data/retriever, data/index and, with retriever.hybrid_depth above 0, data/lexical.
+Not a stage. Reads data/prepared, data/retriever and data/index, data/lexical if it has hits, and data/reranker if
+models.reranker is set; with --trained what data/model has of them.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from stages.params import load_params
 
 PREPARED, RETRIEVER, LEXICAL = Path("data/prepared"), Path("data/retriever"), Path("data/lexical")
 VECTORS, INDEX = Path("data/vectors"), Path("data/index")
+RERANKER, MODEL = Path("data/reranker"), Path("data/model")
 DEPTHS = (1, 5, 20)
 
 
@@ -25,50 +28,63 @@ def main() -> None:
     parser.add_argument(
         "--weights", type=float, nargs="+", default=[0.1, 0.3, 1.0, 3.0], help="retriever.hybrid_weight"
     )
+    parser.add_argument("--trained", action="store_true", help="by data/model in place of what training started from")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON here too")
     arguments = parser.parse_args()
     params = load_params()
     device = prepare_torch(params.runtime)
-    import numpy as np
     import torch
 
-    from stages.bm25.hits import read_hits
+    from stages.bm25.hits import kept_depth, read_hits
     from stages.corpus.arrow import gold_rows, read_rows
     from stages.corpus.recall import recall_at
-    from stages.corpus.token_store import TokenStore
     from stages.encoders.encoder import load_encoder
-    from stages.search.fusion import fuse
-    from stages.search.passage_index import load_index
+    from stages.rag.folder import load_rag_parts
+    from stages.rag.prior import load_prior
+    from stages.search.candidates import Searched, reranker_scores
+    from stages.search.passage_index import index_folders, load_index
+    from stages.search.reranking import load_reranker
 
     passages, questions = (read_rows(PREPARED / f"{name}.arrow") for name in ("passages", arguments.split))
     gold = gold_rows(questions, passages)
     if not any(gold):
         raise ValueError(f"{PREPARED / arguments.split}.arrow: no question names a gold passage, nothing to measure")
-    depth, scale = params.retriever.hybrid_depth, params.retriever.score_scale
-    hits = read_hits(LEXICAL, arguments.split, depth, len(questions), len(passages))
-    index = load_index(INDEX, VECTORS, params.index).to(device)
-    encoder = load_encoder(str(RETRIEVER / "question_encoder"), "models.question_encoder")
-    encoder.model.to(device)
-    rows = encoder.question_rows(list(questions["question"]), params.lengths.question_tokens)
-    batches = encoder.vectors(TokenStore.from_rows(rows), params.index.batch_tokens, device)
-    vectors = torch.from_numpy(np.concatenate([batch for _, batch in batches])).to(device)
-    parts = torch.arange(len(questions)).split(256)
-    dense = torch.cat([index.search(vectors[part], max(depth, *DEPTHS)).to(device) for part in parts])
+    settings, trained = params.retriever, arguments.trained
+    model = MODEL if trained else Path("nowhere")
+    weights = load_prior(model, settings)()
+    if trained:
+        encoder = load_rag_parts(MODEL)[0]
+    else:
+        encoder = load_encoder(str(RETRIEVER / "question_encoder"), "models.question_encoder")
+    index = load_index(*index_folders(model, INDEX, VECTORS), params.index)
+    # Whatever retrieval is set to: a reader must see what words alone find.
+    hits = read_hits(LEXICAL, arguments.split, kept_depth(LEXICAL), len(questions), len(passages))
+    searched = Searched(index, encoder, hits, params, device)
+    depth = max(DEPTHS)
 
     def recall(found: torch.Tensor) -> dict[str, float]:
         hit = [[row in some for row in rows] for some, rows in zip(gold, found.tolist(), strict=True) if some]
         return {f"recall_at_{k}": recall_at(hit, k) for k in DEPTHS}
 
-    measured = {"dense": recall(dense)}
+    measured = {"dense": recall(searched.candidates(questions, depth, weights.score_scale, None).rows)}
     if hits:
-        hits = hits.to(device)
         measured["bm25"] = recall(hits.rows)
-        for weight in arguments.weights:
-            fused = [
-                fuse(index, vectors[part], dense[part], hits.select(part), scale, weight, max(DEPTHS))[0]
-                for part in parts
-            ]
-            measured[f"hybrid_{weight:g}"] = recall(torch.cat(fused))
+        for weight in dict.fromkeys([*arguments.weights, weights.hybrid_weight]):
+            found = searched.candidates(questions, depth, weights.score_scale, weight)
+            measured[f"hybrid_{weight:g}"] = recall(found.rows)
+    reranker = load_reranker(RERANKER, params.models.reranker, len(passages), MODEL / "reranker" if trained else None)
+    if reranker:
+        reranker.encoder.model.to(device)
+        hybrid = weights.hybrid_weight if hits and settings.hybrid_depth else None
+        found = searched.candidates(questions, max(settings.rerank_depth, depth), weights.score_scale, hybrid)
+        crossed = reranker_scores(
+            reranker.to(device), found, list(questions["question"]), params.lengths.question_tokens
+        )
+        for name, scores in (
+            ("reranker", crossed), ("reranked", found.scores(*weights[:2]) + weights.cross_weight * crossed)
+        ):  # fmt: skip
+            order = scores.masked_fill(found.rows < 0, float("-inf")).sort(dim=1, descending=True).indices
+            measured[name] = recall(found.rows.gather(1, order))
     for name, values in measured.items():
         print(f"{name:12}" + "  ".join(f"{key} {value:5.1f}" for key, value in values.items()))
     if arguments.out:

@@ -64,6 +64,12 @@ def find_hits(folder: Path, questions: list[str], depth: int) -> Hits | None:
     return Hits(torch.from_numpy(rows), torch.from_numpy(scores))
 
 
+def kept_depth(folder: Path) -> int:
+    """To which depth the stage kept hits; 0 where it kept none or has not run."""
+    file = folder / DEPTH
+    return json.loads(file.read_text(encoding="utf-8"))["depth"] if file.is_file() else 0
+
+
 def check(folder: Path, depth: int, names: tuple[str, ...] | None) -> None:
     """Raises ValueError where the stage has not run, not for this depth, or one of its files is damaged (None: of all)."""
     if not (folder / DEPTH).is_file():

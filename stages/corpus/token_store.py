@@ -32,19 +32,19 @@ class TokenStore:
         return cls(torch.from_numpy(flat), lengths.cumsum(0))
 
     @classmethod
-    def open(cls, folder: Path) -> "TokenStore":
-        """Memory-maps `tokens.npy` and `offsets.npy`: 21 million passages need no memory until they are read."""
+    def open(cls, folder: Path, stage: str = "tokens") -> "TokenStore":
+        """Memory-maps `tokens.npy` and `offsets.npy`, which `stage` wrote: 21 million passages need no memory until read."""
         for name in ("tokens.npy", "offsets.npy"):
             if not (folder / name).is_file():
-                raise ValueError(f"{folder / name}: not found; run `dvc repro` (or python -m stages.tokens) first")
-        manifest.check(folder, ("tokens.npy", "offsets.npy"), "run `dvc repro --force tokens`")
+                raise ValueError(f"{folder / name}: not found; run `dvc repro` (or python -m stages.{stage}) first")
+        manifest.check(folder, ("tokens.npy", "offsets.npy"), f"run `dvc repro --force {stage}`")
         try:
             tokens = np.load(folder / "tokens.npy", mmap_mode="c", allow_pickle=False)
             offsets = np.load(folder / "offsets.npy", allow_pickle=False)
         except (ValueError, EOFError) as error:
-            raise ValueError(f"{folder}: damaged ({error}); run `dvc repro --force tokens`") from None
+            raise ValueError(f"{folder}: damaged ({error}); run `dvc repro --force {stage}`") from None
         if offsets[-1] != len(tokens):
-            raise ValueError(f"{folder}: tokens.npy is cut short; run `dvc repro --force tokens`")
+            raise ValueError(f"{folder}: tokens.npy is cut short; run `dvc repro --force {stage}`")
         return cls(torch.from_numpy(tokens), torch.from_numpy(offsets))
 
     def padded(self, rows: Tensor, limit: int, pad: int) -> tuple[Tensor, Tensor]:

@@ -38,10 +38,14 @@ class HardNegatives:
 
     def draw(self, questions: Tensor, generator: torch.Generator) -> Tensor:
         """Passages [M] for the questions [B]: `count` different ones for each, all where its pool holds fewer."""
+        drawn = self.draw_each(questions, generator)
+        return drawn[drawn >= 0]
+
+    def draw_each(self, questions: Tensor, generator: torch.Generator) -> Tensor:
+        """The same as [B, count], -1 behind the last one of a smaller pool."""
         pool = self.pool[questions]
         order = torch.rand(pool.shape, generator=generator).masked_fill(pool < 0, 2.0).argsort(dim=1)
-        drawn = pool.gather(1, order[:, : self.count])
-        return drawn[drawn >= 0]
+        return pool.gather(1, order[:, : self.count])
 
 
 def tokenize_passages(encoder: Encoder, passages: Dataset, limit: int) -> TokenStore:

@@ -80,10 +80,22 @@ class PackedBert:
     """
 
     def __init__(self, encoder: nn.Module, dtype: torch.dtype | None = None):
-        self.encoder, self.dtype = encoder, dtype
+        self.encoder, self.body = encoder, PackedBody(encoder.bert_model, dtype)
+
+    def vectors(self, ids: Tensor, tokens: Packing) -> Tensor:
+        """[R, dimension], in fp32, of packed ids [tokens] with special tokens."""
+        pooled = self.body.first_states(ids, tokens)
+        return self.encoder.encode_proj(pooled) if self.encoder.projection_dim > 0 else pooled
+
+
+class PackedBody:
+    """A BertModel's last states of every row's first token; `dtype` as PackedBert's."""
+
+    def __init__(self, bert: nn.Module, dtype: torch.dtype | None = None):
+        self.bert, self.dtype = bert, dtype
         if dtype:
-            weights = [layer_weights(layer) for layer in encoder.bert_model.encoder.layer]
-            embeddings = encoder.bert_model.embeddings
+            weights = [layer_weights(layer) for layer in bert.encoder.layer]
+            embeddings = bert.embeddings
             self.embedded, self.copies = folded(
                 Linear(embeddings.LayerNorm.weight, embeddings.LayerNorm.bias), weights, dtype
             )
@@ -91,20 +103,24 @@ class PackedBert:
                 table.weight.detach().to(dtype)
                 for table in (embeddings.word_embeddings, embeddings.position_embeddings)
             ]
-            self.tables[1] = self.tables[1] + embeddings.token_type_embeddings.weight.detach()[0].to(dtype)
+            self.types = embeddings.token_type_embeddings.weight.detach().to(dtype)
+            self.tables[1] = self.tables[1] + self.types[0]
 
-    def vectors(self, ids: Tensor, tokens: Packing) -> Tensor:
-        """[R, dimension], in fp32, of packed ids [tokens] with special tokens."""
-        bert = self.encoder.bert_model
+    def first_states(self, ids: Tensor, tokens: Packing, types: Tensor | None = None) -> Tensor:
+        """[R, H], in fp32, of packed ids [tokens] with special tokens and their token types [tokens] (None: all 0)."""
+        bert = self.bert
         if self.dtype:
             of_words, of_positions = self.tables
             states = F.embedding(ids, of_words) + F.embedding(tokens.positions, of_positions)
+            if types is not None:
+                states = states + F.embedding(types, self.types - self.types[0])
             states = F.layer_norm(states, states.shape[1:], *self.embedded, bert.embeddings.LayerNorm.eps)
             weights = self.copies
         else:
+            of_types = bert.embeddings.token_type_embeddings
             states = (
                 bert.embeddings.word_embeddings(ids)
-                + bert.embeddings.token_type_embeddings.weight[0]
+                + (of_types.weight[0] if types is None else of_types(types))
                 + F.embedding(tokens.positions, bert.embeddings.position_embeddings.weight)
             )
             states = bert.embeddings.dropout(bert.embeddings.LayerNorm(states))
@@ -112,8 +128,7 @@ class PackedBert:
         *layers, last = zip(bert.encoder.layer, weights, strict=True)
         for layer, its_weights in layers:
             states = bert_layer(layer, its_weights, states, tokens)
-        pooled = bert_layer(*last, states, tokens, first_alone=True).float()
-        return self.encoder.encode_proj(pooled) if self.encoder.projection_dim > 0 else pooled
+        return bert_layer(*last, states, tokens, first_alone=True).float()
 
 
 def bert_layer(

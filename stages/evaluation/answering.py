@@ -42,7 +42,7 @@ def retrieve(rag: Rag, examples: Examples, depth: int, batch_size: int) -> Found
 
     def search(some: list[int]) -> tuple[Tensor, Tensor]:
         batch = rag.batch(examples, some)
-        return rag.retrieve(rag.encode_questions(batch), batch.hits)
+        return rag.retrieve(rag.encode_questions(batch), batch.hits, batch.asked)
 
     for found, score in in_batches(len(examples), batch_size, search):
         rows.append(found)

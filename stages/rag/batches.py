@@ -8,20 +8,34 @@ from torch import Tensor
 
 from stages.bm25.hits import Hits
 from stages.corpus.token_store import TokenStore
+from stages.encoders.cross_encoder import Asked
 
 
 @dataclass
 class Examples:
-    """Questions and one gold answer each, tokenized once."""
+    """Questions and their gold answers, tokenized once."""
 
     for_encoder: TokenStore  # with special tokens
     for_generator: TokenStore  # " // question", without
-    targets: Tensor  # [N, T] answer ids, EOS, padding
-    target_mask: Tensor  # [N, T]
+    targets: Tensor  # [A, T] answer ids, EOS, padding
+    target_mask: Tensor  # [A, T]
     hits: Hits | None = None  # BM25's, where retrieval is hybrid
+    for_reranker: TokenStore | None = None  # without special tokens
+    first_answers: Tensor | None = (
+        None  # [N + 1] question i has the targets from the i-th up to the next; None: one each
+    )
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return len(self.for_encoder)
+
+    def answers_of(self, rows: Tensor, shares: Tensor | None = None) -> Tensor:
+        """Which targets [B] the questions `rows` [B] get: their first or, by `shares` [N] in [0, 1), one of theirs."""
+        if self.first_answers is None:
+            return rows
+        first = self.first_answers[rows]
+        if shares is None:
+            return first
+        return first + (shares[rows.to(shares.device)].to(rows.device) * (self.first_answers[rows + 1] - first)).long()
 
     def to(self, device: torch.device) -> "Examples":
         return Examples(
@@ -30,6 +44,8 @@ class Examples:
             self.targets.to(device),
             self.target_mask.to(device),
             self.hits and self.hits.to(device),
+            self.for_reranker and self.for_reranker.to(device),
+            self.first_answers if self.first_answers is None else self.first_answers.to(device),
         )
 
 
@@ -43,3 +59,4 @@ class RagBatch(NamedTuple):
     targets: Tensor  # [B, T]
     target_mask: Tensor  # [B, T]
     hits: Hits | None = None
+    asked: Asked | None = None  # as the reranker reads them

@@ -33,7 +33,7 @@ def save_rag(rag: Rag, folder: Path, marginal: str) -> None:
     A DPR question encoder with a sequence-to-sequence generator: transformers' RAG layout (config, weights and both
     tokenizers in one folder). Anything else: question_encoder/ (see Encoder.save) and generator/. LoRA adapters become
     part of the generator's weights, in `rag` too. Where the context encoder was trained: context_encoder/, and index/
-    with all passages' vectors by it.
+    with all passages' vectors by it. With a reranker: reranker/. Where the prior's weights learned: prior.json.
     """
     merge_lora(rag.generator_model)
     _describe_answers(rag.generator, rag.lengths.answer_tokens)
@@ -45,6 +45,9 @@ def save_rag(rag: Rag, folder: Path, marginal: str) -> None:
         rag.generator.tokenizer.save_pretrained(folder / "generator")
     if rag.passage_encoder:
         rag.passage_encoder.save(folder)
+    if rag.reranker:
+        rag.reranker.encoder.save(folder / "reranker")
+    rag.prior.save(folder)
     manifest.record_folder(folder)
 
 

@@ -2,7 +2,7 @@
 
 There and not back: a question vector asks the index for passages, their ids gather tokens that were made once, the
 generator scores the answer under each passage, the marginal is the loss. Where the context encoder trains too, the
-passages found are encoded anew for their scores.
+passages found are encoded anew for their scores. With a reranker the passages read are the best of more candidates.
 """
 
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stages.bm25.hits import Hits
 from stages.corpus.token_store import TokenStore
+from stages.encoders.cross_encoder import Asked
 from stages.encoders.encoder import Encoder, padded_rows
 from stages.generation import marginalization
 from stages.generation.contexts import assemble_contexts
@@ -23,9 +24,11 @@ from stages.generation.vocabulary import padded_log_probs
 from stages.packed.cuda_graphs import CudaGraphs
 from stages.params import Lengths, Params
 from stages.rag.batches import Examples, RagBatch
+from stages.rag.prior import PriorWeights, Weights, prior_of
 from stages.search.fusion import fuse
 from stages.search.passage_encoder import PassageEncoder
 from stages.search.passage_index import PassageIndex, doc_scores, load_index
+from stages.search.reranking import Reranker
 
 
 class RagOutput(NamedTuple):
@@ -36,20 +39,25 @@ class RagOutput(NamedTuple):
 
 
 class Rag(nn.Module):
-    """The two trained models (three with a `passage_encoder`) and, beside them, the passages that they retrieve and read."""
+    """The trained models and, beside them, the passages that they retrieve and read.
+
+    A question encoder and a generator; with a `passage_encoder` its context encoder, with a `reranker` its cross-encoder.
+    """
 
     def __init__(self, encoder: Encoder, generator: Generator, index: PassageIndex, passages: TokenStore, n_docs: int,
-                 lengths: Lengths, score_scale: float = 1.0, hybrid_weight: float = 0.0,
-                 passage_encoder: PassageEncoder | None = None):  # fmt: skip
+                 lengths: Lengths, prior: PriorWeights | None = None, passage_encoder: PassageEncoder | None = None,
+                 reranker: Reranker | None = None, rerank_depth: int = 0):  # fmt: skip
         super().__init__()
         self.question_encoder = encoder.model
         self.generator_model = generator.model
         self.context_encoder = passage_encoder and passage_encoder.encoder.model
+        self.cross_encoder = reranker and reranker.encoder.model
+        self.prior = prior or PriorWeights()
         self.encoder, self.generator = encoder, generator
         self.index, self.passages = index, passages
         self.n_docs, self.lengths = n_docs, lengths
-        self.score_scale, self.hybrid_weight = score_scale, hybrid_weight
         self.passage_encoder = passage_encoder
+        self.reranker, self.rerank_depth = reranker, rerank_depth
         self.packed = packed_likelihood(generator)
 
     def record_graphs(self) -> None:
@@ -63,8 +71,17 @@ class Rag(nn.Module):
                 limits[1],
             )
 
-    def examples(self, questions: list[str], answers: list[str], hits: Hits | None = None) -> Examples:
-        """Tokenizes questions (cut to `lengths.question_tokens`) and their answers; `hits` are theirs by BM25."""
+    def examples(
+        self, questions: list[str], answers: list[str] | list[list[str]], hits: Hits | None = None
+    ) -> Examples:
+        """Tokenizes questions (cut to `lengths.question_tokens`) and their answers; `hits` are theirs by BM25.
+
+        An answer each, or a list of different ones each, of which a batch takes the first unless it says another.
+        """
+        first_answers = None
+        if answers and isinstance(answers[0], list):
+            first_answers = torch.tensor([0, *map(len, answers)]).cumsum(0)
+            answers = [answer for some in answers for answer in some]
         limit = self.lengths.question_tokens
         room = self.lengths.context_tokens - len(self.generator.context_prefix) - len(self.generator.context_suffix)
         for_generator = [row[: min(limit, room)] for row in self.generator.question_tokens(questions)]
@@ -75,10 +92,12 @@ class Rag(nn.Module):
             targets,
             mask,
             hits,
+            self.reranker and TokenStore.from_rows(self.reranker.encoder.question_rows(questions, limit)),
+            first_answers,
         )
 
-    def batch(self, examples: Examples, rows: list[int]) -> RagBatch:
-        """The named examples, padded to their own longest, on the model's device.
+    def batch(self, examples: Examples, rows: list[int], shares: Tensor | None = None) -> RagBatch:
+        """The named examples, padded to their own longest, on the model's device; `shares` as in Examples.answers_of.
 
         Examples that stay in the host's memory are put together there: the host then need not wait for a GPU's earlier
         work to learn how wide a batch is.
@@ -90,12 +109,13 @@ class Rag(nn.Module):
         asked, lengths = examples.for_generator.padded(
             chosen, self.lengths.question_tokens, self.generator.pad_token_id
         )
-        mask = examples.target_mask[chosen]
+        answers = examples.answers_of(chosen, shares)
+        mask = examples.target_mask[answers]
         width = int(mask.any(0).sum())
         hits = examples.hits and examples.hits.select(chosen)
-        batch = RagBatch(
-            question_ids, question_mask, asked, lengths, examples.targets[chosen, :width], mask[:, :width], hits
-        )
+        of_reranker = examples.for_reranker and Asked(*examples.for_reranker.padded(chosen, limit=1 << 30, pad=0))
+        targets = examples.targets[answers, :width]
+        batch = RagBatch(question_ids, question_mask, asked, lengths, targets, mask[:, :width], hits, of_reranker)
         device = next(self.parameters()).device
         if device.type == "cuda" and chosen.device.type == "cpu":
             # Only from page-locked memory does a copy join the GPU's queue without emptying it first.
@@ -104,23 +124,50 @@ class Rag(nn.Module):
             )
         return RagBatch(*(part if part is None else part.to(device) for part in batch))
 
-    def retrieve(self, question_vectors: Tensor, hits: Hits | None = None) -> tuple[Tensor, Tensor]:
-        """The best passages of each question and their scores, with gradient to the questions: [B, K] and [B, K].
+    def retrieve(
+        self, question_vectors: Tensor, hits: Hits | None = None, asked: Asked | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The best passages of each question and their scores, whose softmax is the prior (prior.py): [B, K] and [B, K].
 
-        With BM25's `hits` both rankings compete (fusion.py). A context encoder that trains has a part in the scores, not
-        in the search: its passages' vectors are computed here and pass the gradient on.
+        With BM25's `hits` both rankings compete (fusion.py); with a reranker, which reads the questions as `asked`, the best
+        `rerank_depth` of them compete again. The gradient reaches the question vectors, the cross-encoder and what learns
+        of the prior. A context encoder that trains has a part in the scores, not in the search: its passages' vectors are
+        computed here and pass the gradient on.
         """
         device, vectors = question_vectors.device, question_vectors.detach()
-        wanted = self.n_docs if hits is None else max(self.n_docs, hits.rows.shape[1])
-        rows = self.index.search(vectors, wanted).to(device)
-        added = 0.0
+        weights = self.prior()
+        wanted = max(self.n_docs, self.rerank_depth) if self.reranker else self.n_docs
+        rows = self.index.search(vectors, wanted if hits is None else max(wanted, hits.rows.shape[1])).to(device)
+        lexical = crossed = None
         if hits is not None:
-            rows, added = fuse(self.index, vectors, rows, hits, self.score_scale, self.hybrid_weight, self.n_docs)
-        if self.passage_encoder:
-            passages = self.passage_encoder.vectors(rows)
-        else:
-            passages = self.index.gather(rows.to(self.index.vectors.device)).to(device)
-        return rows, self.score_scale * doc_scores(question_vectors, passages, rows) + added
+            plain = weights.detached()
+            rows, lexical = fuse(self.index, vectors, rows, hits, plain.score_scale, plain.hybrid_weight, wanted)
+        if self.reranker:
+            rows, lexical, crossed = self.rerank(vectors, rows, lexical, asked)
+            if torch.is_grad_enabled():
+                crossed = self.reranker.scores(asked, rows)
+        passages = self.passage_encoder.vectors(rows) if self.passage_encoder else self._passage_vectors(rows)
+        return rows, combined(weights, doc_scores(question_vectors, passages, rows), lexical, crossed)
+
+    @torch.no_grad()
+    def rerank(
+        self, vectors: Tensor, rows: Tensor, lexical: Tensor | None, asked: Asked
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The best n_docs of the candidates `rows` [B, C] by all scores together, best first, with the parts of these.
+
+        More than `rerank_depth` are wanted by evaluation alone: what comes behind these keeps its order behind them.
+        """
+        crossed = self.reranker.scores_of_all(asked, rows[:, : self.rerank_depth])
+        dense = doc_scores(vectors, self._passage_vectors(rows), rows)
+        crossed = torch.nn.functional.pad(crossed, (0, rows.shape[1] - crossed.shape[1]))
+        scores = combined(self.prior(), dense, lexical, crossed)
+        scores[:, self.rerank_depth :] = float("-inf")
+        best = scores.sort(dim=1, descending=True, stable=True).indices[:, : self.n_docs]
+        return rows.gather(1, best), lexical if lexical is None else lexical.gather(1, best), crossed.gather(1, best)
+
+    def _passage_vectors(self, rows: Tensor) -> Tensor:
+        """The stored vectors of passages `rows`, on their device."""
+        return self.index.gather(rows.to(self.index.vectors.device)).to(rows.device)
 
     def contexts(self, batch: RagBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and mask [B * K, L] of every question with each of its passages `rows` [B, K]."""
@@ -147,12 +194,10 @@ class Rag(nn.Module):
         """Each question's negative log-likelihood under its retrieved passages.
 
         `marginal` is sequence, token or average (see marginalization.py); `retriever_gradient` "none" cuts the gradient
-        to the question encoder.
+        to all that ranks passages.
         """
-        vectors = self.encode_questions(batch)
-        if retriever_gradient == "none":
-            vectors = vectors.detach()
-        rows, scores = self.retrieve(vectors, batch.hits)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and retriever_gradient != "none"):
+            rows, scores = self.retrieve(self.encode_questions(batch), batch.hits, batch.asked)
         input_ids, attention_mask = self.contexts(batch, rows)
         token_lp = self.token_log_probs(batch, input_ids, attention_mask, label_smoothing)
         prior = marginalization.log_prior(scores)
@@ -175,6 +220,18 @@ class Rag(nn.Module):
         return scored.unflatten(0, (questions, n_docs))
 
 
+def combined(weights: Weights, dense: Tensor, lexical: Tensor | None, crossed: Tensor | None) -> Tensor:
+    """The scores [B, K] whose softmax is the prior, of their parts; -inf where `dense` is."""
+    missing = dense.isinf()
+    # A weight that learns would get the gradient 0 x infinity from a missing passage.
+    scores = weights.score_scale * dense.masked_fill(missing, 0.0)
+    if lexical is not None:
+        scores = scores + weights.hybrid_weight * lexical
+    if crossed is not None:
+        scores = scores + weights.cross_weight * crossed
+    return (scores / weights.temperature).masked_fill(missing, float("-inf"))
+
+
 def packed_likelihood(generator: Generator) -> PackedBart | PackedCausal | None:
     """The generator's likelihood without padding, for the families that have one."""
     if PackedBart.fits(generator.model.config):
@@ -184,10 +241,10 @@ def packed_likelihood(generator: Generator) -> PackedBart | PackedCausal | None:
 
 def open_rag(
     encoder: Encoder, generator: Generator, index: PassageIndex, passages: TokenStore, n_docs: int, lengths: Lengths,
-    device: torch.device, score_scale: float = 1.0, hybrid_weight: float = 0.0,
-    passage_encoder: PassageEncoder | None = None, models_move: bool = True,
+    device: torch.device, prior: PriorWeights | None = None, passage_encoder: PassageEncoder | None = None,
+    reranker: Reranker | None = None, rerank_depth: int = 0, models_move: bool = True,
 ) -> Rag:  # fmt: skip
-    """Puts the pieces together on `device`; scores are `score_scale` times the inner product, plus BM25's share.
+    """Puts the pieces together on `device`; without a `prior` scores are inner products.
 
     With a `passage_encoder` the context encoder trains too. Unless `models_move`, the models stay where they are.
 
@@ -209,17 +266,22 @@ def open_rag(
         )
     on_device = passages.to(device) if device.type == "cuda" else passages
     searched = index.to(device, together=True)
-    rag = Rag(encoder, generator, searched, on_device, n_docs, lengths, score_scale, hybrid_weight, passage_encoder)
+    reranking = reranker and reranker.to(device)
+    rag = Rag(encoder, generator, searched, on_device, n_docs, lengths, prior, passage_encoder, reranking, rerank_depth)
     return rag.to(device) if models_move else rag
 
 
 def open_rag_on(
     parts: tuple[Encoder, Generator], index: tuple[Path, Path], tokens: Path, params: Params, device: torch.device,
-    passage_encoder: PassageEncoder | None = None, models_move: bool = True,
+    prior: PriorWeights | None = None, passage_encoder: PassageEncoder | None = None, reranker: Reranker | None = None,
+    models_move: bool = True,
 ) -> Rag:  # fmt: skip
-    """`open_rag` of a question encoder and a generator over an index and its vectors, and the tokens, in these folders."""
+    """`open_rag` of a question encoder and a generator over an index and its vectors, and the tokens, in these folders.
+
+    Without a `prior` it is that of the parameters.
+    """
     searching, retriever = load_index(*index, params.index), params.retriever
     return open_rag(
-        *parts, searching, TokenStore.open(tokens), retriever.n_docs, params.lengths, device, retriever.score_scale,
-        retriever.hybrid_weight, passage_encoder, models_move,
+        *parts, searching, TokenStore.open(tokens), retriever.n_docs, params.lengths, device,
+        prior or prior_of(retriever), passage_encoder, reranker, retriever.rerank_depth, models_move,
     )  # fmt: skip

@@ -18,7 +18,7 @@ def fuse(
     """The n_docs best passages of each question [B, d] by score_scale x inner product + weight x BM25.
 
     Candidates are the rows `dense` [B, C] and the hits. Returns rows [B, n_docs], best first, -1 where there are no
-    more, and what BM25 adds to their scores [B, n_docs]. A passage outside a full list of hits counts with the list's
+    more, and their BM25 scores [B, n_docs]. A passage outside a full list of hits counts with the list's
     lowest score, which is the most that it can have; outside a list that is not full it shares no word.
     """
     same = dense[:, :, None] == hits.rows[:, None, :]
@@ -26,11 +26,11 @@ def fuse(
     lowest = torch.where(hits.rows[:, -1] >= 0, hits.scores[:, -1], 0.0)
     of_dense = torch.where(known, (same * hits.scores[:, None, :]).sum(2), lowest[:, None])
     rows = torch.cat([dense, hits.rows.masked_fill(same.any(1), -1)], dim=1)
-    added = weight * torch.cat([of_dense, hits.scores], dim=1)
+    lexical = torch.cat([of_dense, hits.scores], dim=1)
     passages = index.gather(rows.to(index.vectors.device)).to(questions.device)
-    scores = score_scale * doc_scores(questions, passages, rows) + added
+    scores = score_scale * doc_scores(questions, passages, rows) + weight * lexical
     scores, best = scores.topk(min(n_docs, scores.shape[1]), dim=1)
-    rows, added = rows.gather(1, best), added.gather(1, best)
+    rows, lexical = rows.gather(1, best), lexical.gather(1, best)
     missing = n_docs - rows.shape[1]
     pad = torch.nn.functional.pad
-    return pad(rows, (0, missing), value=-1), pad(added, (0, missing))
+    return pad(rows, (0, missing), value=-1), pad(lexical, (0, missing))

@@ -13,7 +13,8 @@ COLUMNS = [
     "val_loss_per_token", "learning_rate", "gradient_norm", "question_encoder_gradient_norm", "prior_entropy",
     "distinct_passages", "seconds_per_step", "seconds_per_batch", "questions_per_second", "tokens_per_second",
     "mfu", "host_wait", "gpu_utilization", "gpu_memory", "skipped_steps", "overflow_steps", "micro_batch",
-    "context_encoder_gradient_norm", "refresh_wait",
+    "context_encoder_gradient_norm", "refresh_wait", "cross_encoder_gradient_norm", "score_scale", "hybrid_weight",
+    "cross_weight", "temperature",
 ]  # fmt: skip
 
 

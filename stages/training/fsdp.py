@@ -64,6 +64,14 @@ def asked() -> Sharding | None:
     )
 
 
+def check_retriever(reranker: str | None, learn_weights: bool) -> None:
+    """Raises ValueError for what reads weights past the layers' forward passes, or would be a scalar in parts."""
+    if reranker:
+        raise ValueError(f"models.reranker: {reranker} does not train with FSDP; launch without it or set it to null")
+    if learn_weights:
+        raise ValueError("retriever.learn_weights: true does not work with FSDP; launch without it or set it to false")
+
+
 def shard(rag: nn.Module, how: Sharding, device: torch.device, precision: str) -> None:
     """Replaces the weights of a Rag, in place and layer by layer, by this rank's part of them on `device`.
 

@@ -18,7 +18,9 @@ from stages.params import Params
 from stages.rag import folder
 from stages.rag.batches import Examples
 from stages.rag.model import Rag, open_rag_on
+from stages.rag.prior import prior_of
 from stages.search.passage_encoder import PassageEncoder
+from stages.search.reranking import load_reranker
 from stages.storage.checkpoints import digest
 from stages.storage.outside_files import find
 from stages.training import fsdp
@@ -29,6 +31,7 @@ from stages.training.workplace import Workplace
 
 PREPARED, TOKENS, LEXICAL = Path("data/prepared"), Path("data/tokens"), Path("data/lexical")
 RETRIEVER, VECTORS, INDEX = Path("data/retriever"), Path("data/vectors"), Path("data/index")
+RERANKER = Path("data/reranker")
 SPLITS = ("train", "validation")
 
 
@@ -50,7 +53,8 @@ def inputs_of(params: Params) -> list[Path]:
     generator = find(params.models.generator)
     return [
         PREPARED, TOKENS, *(RETRIEVER / encoder for encoder in encoders), VECTORS, INDEX,
-        *([LEXICAL] if params.retriever.hybrid_depth else []), *([generator] if generator.exists() else []),
+        *([LEXICAL] if params.retriever.hybrid_depth else []), *([RERANKER] if params.models.reranker else []),
+        *([generator] if generator.exists() else []),
     ]  # fmt: skip
 
 
@@ -62,6 +66,8 @@ def build_rag(
     Raises ValueError where parameters, files and number of ranks do not go together.
     """
     check_ranks(params.train.index_refresh_steps, ranks.world())
+    if sharded:
+        fsdp.check_retriever(params.models.reranker, params.retriever.learn_weights)
     encoder, generator = folder.load_base_parts(
         str(RETRIEVER / "question_encoder"), str(find(params.models.generator)), params.models.chat_template
     )
@@ -75,8 +81,10 @@ def build_rag(
         passage_encoder = PassageEncoder(of_passages, tokens)
     precision = mixed_precision(params.recipe.precision, device)
     rag = open_rag_on(
-        (encoder, generator), (INDEX, VECTORS), TOKENS, params, device, passage_encoder, models_move=sharded is None
-    )
+        (encoder, generator), (INDEX, VECTORS), TOKENS, params, device,
+        prior_of(params.retriever, params.retriever.learn_weights), passage_encoder,
+        load_reranker(RERANKER, params.models.reranker, len(passages)), models_move=sharded is None,
+    )  # fmt: skip
     if sharded:
         fsdp.shard(rag, sharded, device, precision)
         if ranks.is_main():
@@ -90,12 +98,16 @@ def build_rag(
 
 
 def open_examples(params: Params, rag: Rag, rows: dict[str, Dataset]) -> dict[str, Examples]:
-    """Both splits' questions with their first answers and, where retrieval is hybrid, their hits."""
+    """Both splits' questions with their answers (validation's: the first) and, where retrieval is hybrid, their hits."""
     examples = {}
     for split in SPLITS:
         some = rows[split]
         hits = read_hits(LEXICAL, split, params.retriever.hybrid_depth, len(some), len(rows["passages"]))
-        examples[split] = rag.examples(list(some["question"]), [answers[0] for answers in some["answers"]], hits)
+        if split == "train" and params.train.answers == "drawn":
+            answers = [list(dict.fromkeys(answers)) for answers in some["answers"]]
+        else:
+            answers = [answers[0] for answers in some["answers"]]
+        examples[split] = rag.examples(list(some["question"]), answers, hits)
     return examples
 
 

@@ -10,13 +10,19 @@ from stages.training import fsdp
 
 
 def make_optimizer(rag: Rag, settings: Train) -> AdamW:
-    """AdamW (Loshchilov & Hutter 2019) with weight decay on matrices only; the encoders' rates may be their own."""
+    """AdamW (Loshchilov & Hutter 2019) with weight decay on matrices only; the rates of encoders, reranker and prior may be
+    their own."""
     parts = [(rag, settings.learning_rate)]
-    if settings.question_encoder_learning_rate is not None or rag.context_encoder:
+    own = settings.question_encoder_learning_rate is not None or settings.reranker_learning_rate is not None
+    if own or rag.context_encoder or rag.prior.log_factors is not None:
         of_questions = settings.question_encoder_learning_rate or settings.learning_rate
         parts = [(rag.generator_model, settings.learning_rate), (rag.question_encoder, of_questions)]
-    if rag.context_encoder:
-        parts.append((rag.context_encoder, settings.context_encoder_learning_rate or of_questions))
+        if rag.context_encoder:
+            parts.append((rag.context_encoder, settings.context_encoder_learning_rate or of_questions))
+        if rag.cross_encoder:
+            parts.append((rag.cross_encoder, settings.reranker_learning_rate or of_questions))
+        if rag.prior.log_factors is not None:
+            parts.append((rag.prior, settings.prior_learning_rate))
     groups = []
     for module, rate in parts:
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -41,7 +47,7 @@ def make_schedule(optimizer, settings: Train) -> LambdaLR:
 def clipped_norms(rag: Rag, max_norm: float) -> dict[str, torch.Tensor]:
     """Norms of the gradients, of all together and of the encoders alone, before all are clipped to `max_norm`."""
     norms = {}
-    for name in ("question_encoder", "context_encoder"):
+    for name in ("question_encoder", "context_encoder", "cross_encoder"):
         if encoder := getattr(rag, name):
             gradients = [p.grad for p in encoder.parameters() if p.grad is not None]
             zero = torch.zeros((), device=next(encoder.parameters()).device)

@@ -21,6 +21,7 @@ class Update:
     micro_batches: list[list[int]]
     divisor: int  # each question's loss is divided by this before the backward pass
     applied: bool  # False: the gradients are computed and thrown away
+    epoch: int = 0
 
     @property
     def rows(self) -> list[int]:
@@ -54,14 +55,14 @@ def updates(count: int, seed: int, recipe: Recipe, batch_size: int, accumulation
     orders = (epoch_order(count, seed, epoch) for epoch in itertools.count())
     if recipe.accumulation == "across_batches":
         stream = itertools.chain.from_iterable(orders)
-        while True:
+        for taken in itertools.count(step=batch_size * accumulation):
             step = list(itertools.islice(stream, batch_size * accumulation))
-            yield Update(_forwards(_chunks(step, batch_size), recipe), divisor=len(step), applied=True)
-    for order in orders:
+            yield Update(_forwards(_chunks(step, batch_size), recipe), len(step), applied=True, epoch=taken // count)
+    for epoch, order in enumerate(orders):
         for batch in _chunks(order, batch_size):
             for chunk in _chunks(batch, accumulation):
                 full = len(chunk) == accumulation
-                yield Update(_forwards([chunk], recipe), divisor=accumulation, applied=full)
+                yield Update(_forwards([chunk], recipe), accumulation, full, epoch)
 
 
 def _forwards(batches: list[list[int]], recipe: Recipe) -> list[list[int]]:

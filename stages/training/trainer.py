@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from stages.compute import ranks
 from stages.compute.out_of_memory import free_memory, halved, is_out_of_memory, split
+from stages.corpus.epochs import epoch_shares
 from stages.machine.signals import Interrupted
 from stages.params import Recipe, Train
 from stages.rag.batches import Examples
@@ -190,6 +191,8 @@ class Trainer:
         fewer passes makes further ones that weigh nothing.
         """
         before, random = window.state(), checkpointing.random_state()
+        drawn = self.settings.answers == "drawn"
+        shares = epoch_shares(len(training), self.seed, update.epoch) if drawn else None
         while True:
             rows: list[int] = []
             failed = size = ranks.NOBODY
@@ -197,9 +200,9 @@ class Trainer:
                 passes = split(self._share(update), self.progress.micro_batch)
                 missing = fsdp.missing_passes(self.rag, len(passes))
                 for rows in passes:
-                    self._accumulate(training, rows, update.divisor, window)
+                    self._accumulate(training, rows, shares, update.divisor, window)
                 for _ in range(missing):
-                    self._accumulate(training, update.rows[:1], math.inf, self._window())
+                    self._accumulate(training, update.rows[:1], shares, math.inf, self._window())
             except (RuntimeError, MemoryError) as error:
                 if self.sharded or not (self.settings.halve_on_oom and is_out_of_memory(error)):
                     raise
@@ -234,10 +237,12 @@ class Trainer:
         step_unless(bad, self.optimizer, scaled=self.accelerator.scaler is not None)
         self.skips.note(self.progress.step + 1, rows, bad, self.progress)
 
-    def _accumulate(self, training: Examples, rows: list[int], divisor: float, window: Window) -> None:
+    def _accumulate(
+        self, training: Examples, rows: list[int], shares: torch.Tensor | None, divisor: float, window: Window
+    ) -> None:
         if window.waits.opened is None:
             window.waits.open()
-        batch = self.rag.batch(training, rows)
+        batch = self.rag.batch(training, rows, shares)
         window.waits.close()
         output = self.model(
             batch,
@@ -259,6 +264,7 @@ class Trainer:
             "train_loss_per_sequence": float(sums["nll"]) / sums["questions"],
             "train_loss_per_token": float(sums["nll"]) / float(sums["target_tokens"]),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
+            **(self.rag.prior.numbers() if self.rag.prior.log_factors is not None else {}),
             **{name: float(norm) for name, norm in norms.items()},
             "prior_entropy": float(sums["prior_entropy"]) / sums["questions"],
             "distinct_passages": float(sums["distinct"]) / sums["forwards"],

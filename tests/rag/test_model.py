@@ -7,6 +7,7 @@ from transformers import BertConfig, BertModel, RagSequenceForGeneration, RagTok
 from stages.encoders.encoder import Encoder
 from stages.rag.folder import load_rag_parts, save_rag
 from stages.rag.model import open_rag
+from stages.rag.prior import PriorWeights, Weights
 from tests.tiny_rag import ANSWERS, QUESTIONS, TITLES, tiny_rag
 
 EVERYTHING = list(range(len(QUESTIONS)))
@@ -132,7 +133,7 @@ def test_damaged_model_is_named(tmp_path):
 
 def test_the_score_scale_sharpens_the_prior_alone_and_its_gradient_follows():
     plain, scaled = tiny_rag(), tiny_rag()
-    scaled.score_scale = 3.0
+    scaled.prior.start = Weights(score_scale=3.0)
     batch = plain.batch(plain.examples(QUESTIONS, ANSWERS), EVERYTHING)
     rows, scores = plain.retrieve(plain.encode_questions(batch))
     again, tripled = scaled.retrieve(scaled.encode_questions(batch))
@@ -149,11 +150,22 @@ def test_a_bert_like_question_encoder_makes_the_checkpoint_two_folders(tmp_path)
     )  # fmt: skip
     rag = tiny_rag()
     encoder = Encoder(BertModel(config, add_pooling_layer=False).eval(), rag.encoder.tokenizer, "mean", True, "q: ")
-    rag = open_rag(encoder, rag.generator, rag.index, rag.passages, 3, rag.lengths, torch.device("cpu"), 20.0)
+    rag = open_rag(
+        encoder,
+        rag.generator,
+        rag.index,
+        rag.passages,
+        3,
+        rag.lengths,
+        torch.device("cpu"),
+        PriorWeights(Weights(20.0)),
+    )
     losses(rag).sum().backward()
     assert all(weight.grad is not None and weight.grad.any() for weight in rag.question_encoder.parameters())
     save_rag(rag, tmp_path, "sequence")
     encoder, generator = load_rag_parts(tmp_path)
     assert (encoder.pooling, encoder.normalize, encoder.question_prefix) == ("mean", True, "q: ")
-    again = open_rag(encoder, generator, rag.index, rag.passages, 3, rag.lengths, torch.device("cpu"), 20.0)
+    again = open_rag(
+        encoder, generator, rag.index, rag.passages, 3, rag.lengths, torch.device("cpu"), PriorWeights(Weights(20.0))
+    )
     assert torch.equal(losses(again), losses(rag))

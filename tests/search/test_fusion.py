@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from stages.bm25.hits import Hits, find_hits, read_hits
+from stages.rag.prior import Weights
 from stages.search.fusion import fuse
 from stages.search.index_kinds import build_index
 from stages.search.passage_index import PassageIndex
@@ -36,7 +37,7 @@ def test_with_every_passage_a_candidate_it_is_the_ranking_by_the_sum(setting, we
     rows, added = fuse(index, questions, every, hits_of(words, PASSAGES), 2.0, weight, 7)
     expected = 2.0 * questions @ index.vectors.T + weight * words
     torch.testing.assert_close(rows, expected.topk(7).indices)
-    torch.testing.assert_close(added, weight * words.gather(1, rows))
+    torch.testing.assert_close(added, words.gather(1, rows))
 
 
 def test_candidates_of_both_and_no_passage_twice(setting):
@@ -49,7 +50,7 @@ def test_candidates_of_both_and_no_passage_twice(setting):
         assert len(found) == len(set(found)) and rows[question, len(found) :].eq(-1).all()
         by_words = dict(zip(hits.rows[question].tolist(), hits.scores[question].tolist(), strict=True))
         lowest = min(by_words.values())
-        expected = [0.5 * by_words.get(row, lowest) for row in found]
+        expected = [by_words.get(row, lowest) for row in found]
         torch.testing.assert_close(added[question, : len(found)], torch.tensor(expected))
 
 
@@ -67,7 +68,7 @@ def test_a_list_that_is_not_full_adds_nothing_to_others(setting):
 
 def hybrid_rag(weight):
     rag = tiny_rag(n_docs=len(TITLES))
-    rag.hybrid_weight = weight
+    rag.prior.start = Weights(hybrid_weight=weight)
     random = torch.Generator().manual_seed(2)
     words = torch.rand(len(QUESTIONS), len(TITLES), generator=random) * 9
     return rag, rag.batch(rag.examples(QUESTIONS, ANSWERS, hits_of(words, len(TITLES))), list(range(len(QUESTIONS))))

@@ -20,6 +20,7 @@ from stages.generation import marginalization
 from stages.machine.signals import Interrupted
 from stages.rag.folder import load_rag_parts, save_rag
 from stages.rag.model import open_rag
+from stages.rag.prior import PriorWeights, Weights
 from stages.search.passage_encoder import PassageEncoder
 from stages.search.passage_index import index_folders, load_index
 from stages.storage.checkpoints import Checkpoints, own_weights
@@ -83,7 +84,7 @@ def vectors_by(rag, weights):
 @pytest.mark.parametrize("hybrid", [False, True], ids=["dense", "hybrid"])
 def test_the_gradient_is_that_of_a_loss_written_out_over_all_passages(hybrid):
     """Scores of all passages from one padded forward, then those of the retrieved rows: the same loss and gradients."""
-    rag = refreshing_rag(score_scale=1.5, hybrid_weight=0.4 if hybrid else 0.0)
+    rag = refreshing_rag(prior=PriorWeights(Weights(1.5, 0.4 if hybrid else 0.0)))
     # The index is old: what is found comes from other weights than the scores.
     with torch.no_grad():
         rag.context_encoder.ctx_encoder.encode_proj.weight.mul_(0.9).add_(0.01)

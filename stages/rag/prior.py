@@ -1,0 +1,67 @@
+"""What a passage's scores weigh in the prior: log p(z | x) is the log-softmax over the passages of
+
+    (score_scale * dense + hybrid_weight * BM25 + cross_weight * reranker) / temperature
+
+The four are numbers, or learn: each is then its start times exp(a trained scalar), so that it stays positive and moves by
+shares of itself. One of them follows from the other three; the temperature moves what all of them would have to.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from stages.params import Retriever
+
+FILE = "prior.json"
+
+
+class Weights(NamedTuple):
+    """Numbers, or scalars on the model's device with gradient."""
+
+    score_scale: float | Tensor = 1.0
+    hybrid_weight: float | Tensor = 0.0
+    cross_weight: float | Tensor = 1.0
+    temperature: float | Tensor = 1.0
+
+    def detached(self) -> "Weights":
+        return Weights(*(part.detach() if isinstance(part, Tensor) else part for part in self))
+
+
+class PriorWeights(nn.Module):
+    """The weights of a Rag; without `learns` it has no parameter."""
+
+    def __init__(self, start: Weights | None = None, learns: bool = False):
+        super().__init__()
+        self.start = start or Weights()
+        self.log_factors = nn.Parameter(torch.zeros(len(Weights._fields))) if learns else None
+
+    def forward(self) -> Weights:
+        if self.log_factors is None:
+            return self.start
+        factors = self.log_factors.exp().unbind()
+        return Weights(*(number * factor for number, factor in zip(self.start, factors, strict=True)))
+
+    @torch.no_grad()
+    def numbers(self) -> dict[str, float]:
+        return {name: float(value) for name, value in self()._asdict().items()}
+
+    def save(self, folder: Path) -> None:
+        """Writes what was learned; nothing where nothing was."""
+        if self.log_factors is not None:
+            (folder / FILE).write_text(json.dumps(self.numbers(), indent=2) + "\n", encoding="utf-8")
+
+
+def prior_of(settings: Retriever, learns: bool = False) -> PriorWeights:
+    """The weights that params.yaml names."""
+    return PriorWeights(Weights(**{name: getattr(settings, name) for name in Weights._fields}), learns)
+
+
+def load_prior(model: Path, settings: Retriever) -> PriorWeights:
+    """The weights that the model in this folder learned, or else those that params.yaml names."""
+    file = model / FILE
+    if not file.is_file():
+        return prior_of(settings)
+    return PriorWeights(Weights(**json.loads(file.read_text(encoding="utf-8"))))
