@@ -4,6 +4,7 @@ Its folder is that of transformers' sequence classification with one label, whic
 reads and writes too. A plain encoder, DPR's included, gets a new head on its first token.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,7 +138,7 @@ class CrossEncoder:
         """
         ids, types, packing = pairs
         if reads_packed(self.model):
-            with torch.autocast(ids.device.type, enabled=torch.is_autocast_enabled(ids.device.type) and dtype is None):
+            with torch.autocast(ids.device.type, enabled=False) if dtype else nullcontext():
                 first = PackedBody(self.model.bert, dtype).first_states(ids, packing, types)
             # The head in fp32: a score of 16 in bf16 is right to an eighth of a nat.
             with torch.autocast(ids.device.type, enabled=False):

@@ -69,7 +69,7 @@ def answer(
         return generate(
             rag.generator, input_ids.view(shape), attention_mask.view(shape), log_prior[chosen],
             num_beams=settings.num_beams, max_answer_tokens=rag.lengths.answer_tokens,
-            decoding=settings.decoding, marginalization=decoding_marginal,
+            decoding=settings.decoding, marginalization=decoding_marginal, merge=True,
         )  # fmt: skip
 
     as_many_contexts = settings.batch_size * max(1, rag.n_docs // rows.shape[1])

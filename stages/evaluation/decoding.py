@@ -3,15 +3,19 @@
 Lewis et al. 2020 (arXiv:2005.11401), section 2.5. For a question x, passages z and an answer y with its EOS,
 RAG-Sequence maximises log sum_z p(z|x) prod_t p(y_t | y_<t, x, z),
 RAG-Token maximises sum_t log sum_z p(z|x) p(y_t | y_<t, x, z).
-Scores are plain sums of log-probabilities: there is no length penalty.
+Scores are plain sums of log-probabilities: there is no length penalty. Candidates that read the same once normalised
+("the Nile", "Nile") are one answer, if wanted, whose probability is the sum of theirs.
 """
 
 import math
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import LongTensor, Tensor
 
+from stages.corpus.answers import normalize_answer
 from stages.evaluation.states import State, next_token, start
 from stages.generation.generator import Generator
 
@@ -21,7 +25,7 @@ LOGITS_AT_ONCE = 2**28
 
 @dataclass
 class Answer:
-    """One generated answer.
+    """One generated answer; where candidates were merged, the likeliest of them with the probability of all.
 
     `log_prob` is what the answer was chosen by: its marginal log p(y|x), in fast decoding without the
     passages that did not generate it. `doc_log_probs[z]` is log p(z|x) + log p(y|x,z), so its softmax is the
@@ -48,6 +52,7 @@ def generate(
     max_answer_tokens: int,
     decoding: str,
     marginalization: str,
+    merge: bool = False,
 ) -> list[Answer]:
     """The best answer to each of B questions.
 
@@ -59,6 +64,9 @@ def generate(
     scores each under every passage; "fast" lets a passage speak only for what it generated itself.
     `marginalization` "token": one beam search per question over the marginal distribution of the next token,
     where `decoding` makes no difference.
+
+    `merge`: candidates of the same normalised text are one answer; so is each without, and each of which nothing is left
+    when normalised.
 
     ValueError where the generator's probabilities are not finite.
     """
@@ -73,10 +81,20 @@ def generate(
     contexts = generator.encode(input_ids.flatten(0, 1), attention_mask.flatten(0, 1))
     state = start(generator, contexts)
     first = state.first()
+
+    @cache
+    def answer_of(tokens: tuple[int, ...]) -> Hashable:
+        return (merge and normalize_answer(generator.decode(list(tokens[:-1])))) or tokens
+
     if marginalization == "token":
         beams = _beam_search(generator, state, first, log_prior, num_beams, max_answer_tokens)
-        log_likelihoods = [{max(found, key=found.get): [None] * n_docs} for found in beams]
-        _complete(generator, state, first, log_likelihoods, priors)
+        merged = [_merged(found, answer_of) for found in beams]
+        winners = [max(scores, key=scores.get) for scores in merged]
+        log_likelihoods = [
+            {tokens: [None] * n_docs for tokens in found if answer_of(tokens) == winner}
+            for found, winner in zip(beams, winners, strict=True)
+        ]
+        _complete(generator, state, first, log_likelihoods, priors, answer_of)
     else:
         # Within one passage the prior changes no order; what is left of it is whether the passage is there.
         present = torch.zeros_like(log_prior).masked_fill(log_prior == -math.inf, -math.inf).view(-1, 1)
@@ -91,7 +109,7 @@ def generate(
             for docs in by_question
         ]
         if decoding == "thorough":
-            _complete(generator, state, first, log_likelihoods, priors)
+            _complete(generator, state, first, log_likelihoods, priors, answer_of)
 
     answers = []
     for question, prior in enumerate(priors):
@@ -100,13 +118,25 @@ def generate(
             for tokens, per_doc in log_likelihoods[question].items()
         }
         if marginalization == "token":
-            scores = beams[question]
+            scores = {tokens: beams[question][tokens] for tokens in joint}
         else:
             scores = {tokens: _logsumexp(per_doc) for tokens, per_doc in joint.items()}
-        best = max(joint, key=scores.get)
+        of_answers = _merged(scores, answer_of)
+        chosen = max(of_answers, key=of_answers.get)
+        alike = [tokens for tokens in joint if answer_of(tokens) == chosen]
+        best = max(alike, key=scores.get)
         ids, finished = list(best[:-1]), len(best) < max_answer_tokens
-        answers.append(Answer(generator.decode(ids), ids, scores[best], joint[best], finished))
+        per_doc = [_logsumexp(values) for values in zip(*(joint[tokens] for tokens in alike), strict=True)]
+        answers.append(Answer(generator.decode(ids), ids, of_answers[chosen], per_doc, finished))
     return answers
+
+
+def _merged(scores: dict[tuple[int, ...], float], answer_of: Callable) -> dict[Hashable, float]:
+    """The log-probability of each answer: its candidates' together."""
+    found: dict[Hashable, list[float]] = {}
+    for tokens, score in scores.items():
+        found.setdefault(answer_of(tokens), []).append(score)
+    return {answer: _logsumexp(values) for answer, values in found.items()}
 
 
 def _beam_search(
@@ -197,33 +227,45 @@ def _beam_search(
 
 
 def _complete(
-    generator: Generator, state: State, first: Tensor, log_likelihoods: list[dict], priors: list[list[float]]
-) -> None:
-    """Fills in, for B questions, log p(y|x,z) (None: not known yet) of every candidate that can have the best marginal.
+    generator: Generator, state: State, first: Tensor, log_likelihoods: list[dict], priors: list[list[float]],
+    answer_of: Callable,
+) -> None:  # fmt: skip
+    """Fills in, for B questions, log p(y|x,z) (None: not known yet) of every candidate of an answer that can be the best.
 
     `log_likelihoods` holds a list over passages for each candidate (tokens with EOS). Candidates are scored under their
-    likeliest unknown passage first. What is unknown of a marginal is at most the prior of those passages, so a candidate
-    whose bound falls below another's certain part cannot win and is taken out: no approximation, and most never meet
-    most passages.
+    likeliest unknown passage first. Under a passage all candidates of an answer have together at most the passage's prior,
+    so an answer whose bound falls below another's certain part cannot win. All of its candidates are then taken out, never
+    some: no approximation, and most never meet most passages.
     """
     n_docs = len(priors[0])
     while True:
         pairs = []
         for question, (scores, prior) in enumerate(zip(log_likelihoods, priors, strict=True)):
-            certain, possible = {}, {}
+            together: dict[Hashable, list[list[float | None]]] = {}
             for tokens, per_doc in scores.items():
-                known = [p + q for p, q in zip(prior, per_doc, strict=True) if q is not None and p > -math.inf]
-                unknown = [p for p, q in zip(prior, per_doc, strict=True) if q is None]
-                certain[tokens] = _logsumexp(known or [-math.inf])
-                possible[tokens] = _logsumexp(known + unknown)
+                together.setdefault(answer_of(tokens), []).append(per_doc)
+            certain, possible = {}, {}
+            for answer, candidates in together.items():
+                known = [
+                    [p + q for q in of_doc if q is not None and p > -math.inf] or [-math.inf]
+                    for p, of_doc in zip(prior, zip(*candidates, strict=True), strict=True)
+                ]
+                certain[answer] = _logsumexp([_logsumexp(values) for values in known])
+                possible[answer] = _logsumexp(
+                    [
+                        p if None in of_doc else _logsumexp(values)
+                        for p, of_doc, values in zip(prior, zip(*candidates, strict=True), known, strict=True)
+                    ]
+                )
             # The slack leaves to the full sums what only rounding separates.
             threshold = max(certain.values()) - 1e-3
-            for tokens in [tokens for tokens in scores if possible[tokens] < threshold]:
+            left = {answer for answer, bound in possible.items() if bound >= threshold}
+            for tokens in [tokens for tokens in scores if answer_of(tokens) not in left]:
                 del scores[tokens]
             for tokens, per_doc in scores.items():
                 waiting = [doc for doc in range(n_docs) if per_doc[doc] is None and prior[doc] > -math.inf]
                 # The winner, once it is alone, needs all its shares; rivals meet their likeliest passage.
-                chosen = waiting if len(scores) == 1 else [max(waiting, key=prior.__getitem__)] if waiting else []
+                chosen = waiting if len(left) == 1 else [max(waiting, key=prior.__getitem__)] if waiting else []
                 pairs += [(question, tokens, doc) for doc in chosen]
         if not pairs:
             return
