@@ -43,7 +43,7 @@ def main() -> None:
     rag = open_rag_on(
         load_rag_parts(MODEL), index_folders(MODEL, INDEX, VECTORS), TOKENS, params, device,
         load_prior(MODEL, params.retriever),
-        reranker=load_reranker(RERANKER, params.models.reranker, len(passages), MODEL / "reranker"),
+        reranker=load_reranker(RERANKER, params.models.reranker, MODEL / "reranker"),
     )  # fmt: skip
     rag.eval()
 

@@ -46,7 +46,7 @@ def main() -> None:
     passages = read_rows(PREPARED / "passages.arrow")
     rag = open_rag_on(
         parts, index_folders(MODEL, INDEX, VECTORS), TOKENS, params, device, load_prior(MODEL, params.retriever),
-        reranker=load_reranker(RERANKER, params.models.reranker, len(passages), MODEL / "reranker"),
+        reranker=load_reranker(RERANKER, params.models.reranker, MODEL / "reranker"),
     )  # fmt: skip
     cast_weights(rag.generator_model, dtype)  # retrieval stays in fp32
     questions = read_rows(PREPARED / f"{settings.split}.arrow")

@@ -72,7 +72,7 @@ def main() -> None:
         for weight in dict.fromkeys([*arguments.weights, weights.hybrid_weight]):
             found = searched.candidates(questions, depth, weights.score_scale, weight)
             measured[f"hybrid_{weight:g}"] = recall(found.rows)
-    reranker = load_reranker(RERANKER, params.models.reranker, len(passages), MODEL / "reranker" if trained else None)
+    reranker = load_reranker(RERANKER, params.models.reranker, MODEL / "reranker" if trained else None)
     if reranker:
         reranker.encoder.model.to(device)
         hybrid = weights.hybrid_weight if hits and settings.hybrid_depth else None

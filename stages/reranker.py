@@ -9,7 +9,6 @@ questions' candidates as they came (by the retriever), by the reranker alone and
 params.yaml, and the weights that would suit them best.
 """
 
-import json
 import shutil
 from pathlib import Path
 
@@ -39,8 +38,7 @@ def main() -> None:
     manifest.write_json(work / FACTS, {"model": params.models.reranker})
     manifest.record_folder(work)
     manifest.put_in_place(work, RERANKER)
-    METRICS.parent.mkdir(exist_ok=True)
-    METRICS.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    manifest.write_metrics(METRICS, metrics)
 
 
 def warm_up(folder: Path, params: Params, device) -> dict[str, float]:

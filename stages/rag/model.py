@@ -258,6 +258,11 @@ def open_rag(
         raise ValueError(
             f"the index holds {len(index.vectors)} passages, data/tokens {len(passages)}; run `dvc repro` to make them agree"
         )
+    if reranker and len(reranker.tokens) != len(passages):
+        raise ValueError(
+            f"data/reranker holds {len(reranker.tokens)} passages, data/tokens {len(passages)}; run `dvc repro` to make them "
+            "agree"
+        )
     needed = generator.positions_needed(lengths.context_tokens, lengths.answer_tokens)
     if generator.max_positions and generator.max_positions < needed:
         raise ValueError(

@@ -59,10 +59,10 @@ class Reranker:
         return Reranker(self.encoder, self.tokens.to(device)) if device.type == "cuda" else self
 
 
-def load_reranker(folder: Path, named: str | None, passages: int, trained: Path | None = None) -> Reranker | None:
+def load_reranker(folder: Path, named: str | None, trained: Path | None = None) -> Reranker | None:
     """What the stage left in `folder`, the model by its training where `trained` is a folder; None without a reranker.
 
-    `named` is models.reranker. Raises ValueError where the stage ran for another one, for other passages, or not at all.
+    `named` is models.reranker. Raises ValueError where the stage ran for another one, or not at all.
     """
     if named is None:
         return None
@@ -73,6 +73,4 @@ def load_reranker(folder: Path, named: str | None, passages: int, trained: Path 
     if found != named:
         raise ValueError(f"{folder}: made of {found}, but models.reranker is {named}; {REMEDY}")
     tokens = TokenStore.open(folder / "tokens", "reranker")
-    if len(tokens) != passages:
-        raise ValueError(f"{folder}: {len(tokens)} passages, but there are {passages}; {REMEDY}")
     return Reranker(load_cross_encoder(str(trained or folder / "model")), tokens)

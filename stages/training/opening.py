@@ -83,7 +83,7 @@ def build_rag(
     rag = open_rag_on(
         (encoder, generator), (INDEX, VECTORS), TOKENS, params, device,
         prior_of(params.retriever, params.retriever.learn_weights), passage_encoder,
-        load_reranker(RERANKER, params.models.reranker, len(passages)), models_move=sharded is None,
+        load_reranker(RERANKER, params.models.reranker), models_move=sharded is None,
     )  # fmt: skip
     if sharded:
         fsdp.shard(rag, sharded, device, precision)
