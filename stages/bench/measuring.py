@@ -149,11 +149,12 @@ def bench_index(options: Namespace, device: torch.device) -> dict:
         pass
     seconds = time.perf_counter() - started
     weights = sum(p.numel() for name, p in encoder.model.named_parameters() if p.dim() > 1 and "embeddings" not in name)
-    rate = matrix_rate(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    flop = 2 * weights * float(rows.sum())
+    on_gpu = device.type == "cuda"
     return {
         "passages": len(store),
         "passages_per_second": len(store) / seconds,
-        "mfu": 2 * weights * float(rows.sum()) / seconds / rate,
+        **({"mfu": flop / seconds / matrix_rate(device, torch.bfloat16)} if on_gpu else {}),
         "peak_gib": peak.gib(),
     }
 

@@ -26,7 +26,7 @@ from tests.tiny_rag import NEW, OLD
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-# Nine questions: steps of 8, of 1 (ranks without any) and of 8 again.
+# Nine questions in steps of 8, over the epochs' ends.
 THREE_STEPS = {"max_steps": 3, "learning_rate": 1e-3, "warmup_steps": 0, "max_grad_norm": 0.5}
 CURVE = ("step", "questions_seen", "train_loss_per_sequence", "train_loss_per_token", "val_loss_per_sequence",
          "val_loss_per_token", "gradient_norm", "prior_entropy", "learning_rate")  # fmt: skip
@@ -153,11 +153,12 @@ def test_the_sum_of_many_small_gradients_over_two_ranks(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "batch_size"), [(2, 4), (4, 2)])
-def test_however_many_ranks_share_an_update_it_is_the_same(tmp_path, number, batch_size):
-    cut = {"batch_size": batch_size, "gradient_accumulation_steps": 8 // batch_size}
+@pytest.mark.parametrize(("number", "batch_size", "questions"), [(2, 4, 8), (4, 2, 8), (2, 1, 1)])
+def test_however_many_ranks_share_an_update_it_is_the_same(tmp_path, number, batch_size, questions):
+    """Also where a rank has no question."""
+    cut = {"batch_size": batch_size, "gradient_accumulation_steps": questions // batch_size}
     done(start("train", tmp_path / "ranks", number, **THREE_STEPS, **cut))
-    whole = alone(tmp_path / "alone", **THREE_STEPS, batch_size=8, gradient_accumulation_steps=1)
+    whole = alone(tmp_path / "alone", **THREE_STEPS, batch_size=questions, gradient_accumulation_steps=1)
     assert_same(whole, tmp_path / "ranks", number)
     first, *_, last = (load_file(tmp_path / "ranks" / f"weights-{rank}.safetensors") for rank in range(number))
     assert all(torch.equal(value, last[name]) for name, value in first.items())
@@ -180,11 +181,12 @@ def test_a_sharded_search_finds_what_one_index_finds(tmp_path, rounded):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("work", ["train", "oom"])
-def test_training_on_a_sharded_search_is_the_same(tmp_path, work):
+@pytest.mark.parametrize(("work", "batch_size", "passes"), [("train", 1, 3), ("train", 1, 1), ("oom", 3, 2)])
+def test_training_on_a_sharded_search_is_the_same(tmp_path, work, batch_size, passes):
     """With unequally many forward passes, with none, and where a rank begins anew."""
-    done(start(work, tmp_path / "ranks", 2, shards=True, **THREE_STEPS | {"batch_size": 3}))
-    assert_same(alone(tmp_path / "alone", **THREE_STEPS, batch_size=3), tmp_path / "ranks", 2)
+    cut = {"batch_size": batch_size, "gradient_accumulation_steps": passes}
+    done(start(work, tmp_path / "ranks", 2, shards=True, **THREE_STEPS | cut))
+    assert_same(alone(tmp_path / "alone", **THREE_STEPS | cut), tmp_path / "ranks", 2)
 
 
 @pytest.mark.slow

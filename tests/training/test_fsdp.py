@@ -114,13 +114,14 @@ def assert_equal(whole, found):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("generator", ["bart", "t5", "llama"])
-def test_two_ranks_hold_half_each_and_make_the_update_of_one_process(tmp_path, generator):
-    """Nine questions: steps of 8, of 1, which the second rank goes through for nothing, and of 8 again."""
-    found = sharded(tmp_path / "ranks", generator=generator, **UNCLIPPED)
+@pytest.mark.parametrize(("generator", "questions"), [("bart", 8), ("bart", 3), ("t5", 1), ("llama", 8), ("llama", 3)])
+def test_two_ranks_hold_half_each_and_make_the_update_of_one_process(tmp_path, generator, questions):
+    """Of 3 questions the second rank goes through one pass for nothing, of 1 through all."""
+    cut = {} if questions == 8 else {"batch_size": 1, "gradient_accumulation_steps": questions}
+    found = sharded(tmp_path / "ranks", generator=generator, **UNCLIPPED, **cut)
     for rank in (0, 1):
         assert json.loads((found / f"share-{rank}.json").read_text()) == pytest.approx(0.5, abs=0.01)
-    assert_equal(alone(tmp_path / "alone", generator=generator, **UNCLIPPED), found)
+    assert_equal(alone(tmp_path / "alone", generator=generator, **UNCLIPPED, **cut), found)
 
 
 @pytest.mark.slow
