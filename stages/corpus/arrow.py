@@ -99,7 +99,7 @@ def gold_rows(questions: "Dataset", passages: "Dataset") -> list[list[int]]:
 def replacing(*folders: Path) -> Iterator[list[Path]]:
     """Empty folders to write into, which take the places of `folders` when the block ends without an error.
 
-    With an error everything stays as this process found it, which after DVC, that deletes outputs first, is not there.
+    With an error everything stays as it was; in a stage that DVC runs that is nothing, because DVC deletes outputs first.
     Raises ValueError in one line where the disk cannot be written.
     """
     unfinished = [folder.with_name(folder.name + ".unfinished") for folder in folders]
