@@ -12,11 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    AutoTokenizer,
-    DPRQuestionEncoder,
-    GenerationConfig,
-)
+from transformers import AutoTokenizer, DPRQuestionEncoder, GenerationConfig
 
 from stages.encoders.encoder import Encoder, load_encoder
 from stages.generation.generator import Generator, generator_from, load_generator, load_saved_generator
