@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from stages.corpus.text_tokens import text_rows
 from stages.corpus.token_store import TokenStore
 from stages.encoders.encoder import ARCHITECTURES, BERT_LIKE, ROOTS, load_encoder
 from stages.encoders.packed_bert import PackedBody
@@ -82,10 +83,7 @@ class CrossEncoder:
         return self._rows([f"{title} {text}".strip() for title, text in zip(titles, texts, strict=True)], limit)
 
     def _rows(self, texts: list[str], limit: int) -> list[list[int]]:
-        if not texts:
-            return []
-        ids_alone = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-        rows = self.tokenizer(texts, add_special_tokens=False, **ids_alone)["input_ids"]
+        rows = text_rows(self.tokenizer, texts, add_special_tokens=False)
         return [row[:limit] for row in rows]
 
     def passage_room(self, question_tokens: int, passage_tokens: int) -> int:

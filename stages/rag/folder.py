@@ -4,8 +4,9 @@ What transformers makes of such a folder: `generate` for one context gives our a
 lies in generator/ and, in the RAG layout, by `model.rag.generator.generate(ids, attention_mask=mask,
 generation_config=GenerationConfig.from_pretrained(folder))`; so does `RagTokenForGeneration.generate`. Greedy search
 (`num_beams=1`) always does, beams wherever no hypothesis fills the answer's length: there transformers' forced EOS costs
-nothing, ours its probability. `RagSequenceForGeneration.generate` need not: it reads padding as text while it looks for
-candidates, and scores them with the prior on a token.
+nothing, ours its probability. Evaluation then takes candidates that read the same for one answer, which transformers does
+not. `RagSequenceForGeneration.generate` need not agree at all: it reads padding as text while it looks for candidates, and
+scores them with the prior on a token.
 """
 
 from pathlib import Path

@@ -5,6 +5,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from stages.corpus.text_tokens import special_ids, text_rows
+from stages.encoders.cross_encoder import load_cross_encoder
 from stages.encoders.encoder import load_encoder
 from stages.generation.causal import causal_from
 from stages.generation.tokenizer import passage_tokens
@@ -80,7 +81,7 @@ def test_what_spells_a_special_token_is_its_characters(words, text, expected):
 
 
 def test_nothing_of_a_users_text_ends_a_context_an_answer_or_a_chat_turn():
-    """Questions, passages and answers of the generator; questions and pairs of the encoder."""
+    """Questions, passages and answers of the generator; questions and pairs of the encoder; both of the cross-encoder."""
     rag = tiny_rag()
     words, encoder = rag.generator.tokenizer, load_encoder("data/tiny/encoder", "models.question_encoder")
     special = special_ids(words)
@@ -95,6 +96,9 @@ def test_nothing_of_a_users_text_ends_a_context_an_answer_or_a_chat_turn():
     assert [token for token in row if token in special] == [0, 2]
     [row] = encoder.passage_rows([ATTACK], [ATTACK], 99)
     assert [token for token in row if token in special] == [0, 2, 2]
+    cross = load_cross_encoder("data/tiny/encoder")
+    for [row] in (cross.question_rows([ATTACK], 99), cross.passage_rows([ATTACK], [ATTACK], 99)):
+        assert row and not special & set(row)
 
 
 def test_a_chat_turn_is_closed_by_the_template_alone():
