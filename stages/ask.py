@@ -54,6 +54,8 @@ def main() -> None:
         prior = marginalization.log_prior(found.scores)
         marginal = params.recipe.marginalization
         given = next(answer(rag, examples, found.rows, prior, params.evaluate, marginal, ""))
+        if (found.rows < 0).all():
+            print("no passage found: answered from the question alone")
         texts = [passages(row) if row >= 0 else None for row in found.rows[0].tolist()]
         print(f"{given.text}    (probability {2.718281828**given.log_prob:.2f})\n\nprior  posterior  passage")
         for passage, text in zip(passages_of(given, prior[0], texts), filter(None, texts), strict=True):

@@ -12,8 +12,8 @@ from pathlib import Path
 from stages.machine.entry import run
 
 WRITTEN_BY = {
-    "prepared": "prepare", "tokens": "tokens", "lexical": "lexical", "vectors": "encode", "index": "index",
-    "reranker": "reranker", "model": "train",
+    "prepared": "prepare", "tokens": "tokens", "positives": "positives", "lexical": "lexical", "vectors": "encode",
+    "index": "index", "reranker": "reranker", "model": "train",
 }  # fmt: skip
 
 

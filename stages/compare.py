@@ -9,6 +9,7 @@ Experiments run in DVC's temporary copies of the last commit, so the workspace s
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -20,8 +21,8 @@ from stages.params import load_params
 
 COMPARISON, ABLATION = Path("metrics/compare.json"), Path("metrics/ablation.json")
 SHOWN = (
-    "em", "f1", "recall_at_5", "oracle_em", "val_loss_per_sequence", "val_loss_per_token", "seconds_per_step",
-    "questions_per_second", "questions_seen", "steps",
+    "em", "f1", "recall_at_5", "answer_recall_at_5", "oracle_em", "val_loss_per_sequence", "val_loss_per_token",
+    "seconds_per_step", "questions_per_second", "questions_seen", "steps",
 )  # fmt: skip
 SWITCHES = (
     "marginalization",
@@ -142,6 +143,7 @@ def summarise(results: dict[str, list[dict[str, float]]]) -> dict[str, dict[str,
 
     Costs are paired by seed, which fixes the order of the questions: `em_cost` is the mean of new's EM less the
     variant's, `em_cost_spread` the deviation of these differences; the same for the validation loss, the other way round.
+    What a run did not measure (recall without gold passages, a loss that was not finite) is absent.
     """
 
     def spread(values: list[float]) -> float:
@@ -149,16 +151,20 @@ def summarise(results: dict[str, list[dict[str, float]]]) -> dict[str, dict[str,
 
     table = {}
     for variant, rows in results.items():
-        ems, losses = [row["em"] for row in rows], [row["val_loss_per_sequence"] for row in rows]
+        ems, losses = [row["em"] for row in rows], [row.get("val_loss_per_sequence", math.nan) for row in rows]
         em_costs = [best["em"] - em for best, em in zip(results["new"], ems, strict=True)]
-        loss_costs = [loss - best["val_loss_per_sequence"] for best, loss in zip(results["new"], losses, strict=True)]
-        table[variant] = {
+        loss_costs = [
+            loss - best.get("val_loss_per_sequence", math.nan)
+            for best, loss in zip(results["new"], losses, strict=True)
+        ]
+        means = {
             "em": statistics.mean(ems),
             "em_spread": spread(ems),
             "em_cost": statistics.mean(em_costs),
             "em_cost_spread": spread(em_costs),
             "f1": statistics.mean(row["f1"] for row in rows),
-            "recall_at_5": statistics.mean(row["recall_at_5"] for row in rows),
+            **mean_where_known("recall_at_5", rows),
+            **mean_where_known("answer_recall_at_5", rows),
             "val_loss": statistics.mean(losses),
             "val_loss_cost": statistics.mean(loss_costs),
             "val_loss_cost_spread": spread(loss_costs),
@@ -167,7 +173,13 @@ def summarise(results: dict[str, list[dict[str, float]]]) -> dict[str, dict[str,
             "steps": rows[0]["steps"],
             "seeds": len(rows),
         }
+        table[variant] = {name: value for name, value in means.items() if not math.isnan(value)}
     return table
+
+
+def mean_where_known(name: str, rows: list[dict[str, float]]) -> dict[str, float]:
+    """{name: mean}, or nothing where a run lacks it, as recall where no question names a gold passage."""
+    return {name: statistics.mean(row[name] for row in rows)} if all(name in row for row in rows) else {}
 
 
 def verdict(variant: str, row: dict[str, float]) -> str:

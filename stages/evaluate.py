@@ -83,10 +83,16 @@ def main() -> None:
         tracker.log_table(table, "predictions.json")
 
     print(verdicts.text)
-    print(
-        f"EM {metrics['em']:.1f}, F1 {metrics['f1']:.1f}, recall@5 {metrics['recall_at_5']:.1f} on {len(questions)} "
-        f"{settings.split} questions (gold passage given: EM {metrics['oracle_em']:.1f}, no passage: "
-        f"{metrics['closed_book_em']:.1f})"
+    print(summary(metrics, settings.split))
+
+
+def summary(metrics: dict[str, float], split: str) -> str:
+    """One line; where no question names a gold passage, recall is that of the answers' words."""
+    kind = "recall" if "recall_at_5" in metrics else "answer_recall"
+    oracle = f"gold passage given: EM {metrics['oracle_em']:.1f}, " if "oracle_em" in metrics else ""
+    return (
+        f"EM {metrics['em']:.1f}, F1 {metrics['f1']:.1f}, {kind.replace('_', ' ')}@5 {metrics[f'{kind}_at_5']:.1f} on "
+        f"{metrics['questions']} {split} questions ({oracle}no passage: {metrics['closed_book_em']:.1f})"
     )
 
 

@@ -39,12 +39,15 @@ def main() -> None:
 
 
 def find_hits(folder: Path, depth: int, processes: int) -> dict[str, float]:
-    """Writes every split's hits; returns how often a gold passage of the test questions is among the first k, in percent."""
+    """Writes every split's hits; returns how often a gold passage of the test questions is among the first k, in percent.
+
+    Of test questions none of which names a gold passage there is nothing to return.
+    """
     import numpy as np
 
     from stages.bm25 import lexical_search
     from stages.corpus.arrow import gold_rows, read_rows
-    from stages.corpus.recall import recall_at
+    from stages.corpus.recall import recalls
 
     passages = read_rows(PREPARED / "passages.arrow")
     splits = {name: read_rows(PREPARED / f"{name}.arrow") for name in ("train", "validation", "test")}
@@ -59,7 +62,7 @@ def find_hits(folder: Path, depth: int, processes: int) -> dict[str, float]:
 
     golds = gold_rows(splits["test"], passages)
     found = [[row in gold for row in some] for gold, some in zip(golds, rows[ends[-1] :].tolist(), strict=True) if gold]
-    return {f"recall_at_{k}": recall_at(found, k) for k in RECALL_DEPTHS if k <= depth}
+    return recalls(found, (k for k in RECALL_DEPTHS if k <= depth))
 
 
 if __name__ == "__main__":

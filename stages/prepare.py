@@ -1,10 +1,8 @@
 """Stage 1: questions and passages become Arrow files.
 
-    python -m stages.prepare                        # writes data/prepared and data/unusable.jsonl
-    dvc exp run -S data.sample.passages=200         # a tiny one, with everything after it
-    dvc exp run -S data.source=files -S data.files.train=questions.jsonl -S data.files.passages=passages.tsv.gz
-
-Questions that name no passage of their own get one by BM25 here: the best hit that contains an answer.
+python -m stages.prepare                        # writes data/prepared and data/unusable.jsonl
+dvc exp run -S data.sample.passages=200         # a tiny one, with everything after it
+dvc exp run -S data.source=files -S data.files.train=questions.jsonl -S data.files.passages=passages.tsv.gz
 """
 
 from pathlib import Path
@@ -19,9 +17,8 @@ def main() -> None:
     params = stage_params("prepare")
     from stages.corpus.arrow import PASSAGES, QUESTIONS, read_rows, replacing, write_rows
     from stages.reading import airports, files, natural_questions
-    from stages.reading.positives import find_positives, lacking
     from stages.reading.rows import PassageIds, columns_of, keep_known, read_passages, read_questions
-    from stages.reading.splits import split_questions
+    from stages.reading.splits import leaks, split_questions
     from stages.reading.unusable_rows import Report
 
     data = params.data
@@ -40,6 +37,8 @@ def main() -> None:
             corpus = tables.pop("passages")
             given = {split: read_questions(table, data.fields, split, report) for split, table in tables.items()}
             questions = split_questions(given, data.shares, params.seed)
+            for line in leaks(questions):
+                print(line)
             every = [question for rows in questions.values() for question in rows]
 
             ids = PassageIds(name for question in every for name in question["positive_ids"])
@@ -48,10 +47,6 @@ def main() -> None:
             ids.check_unique(corpus, data.fields)
             keep_known(every, ids.found, report)
 
-            searched = lacking(questions, data.positives.questions) if data.positives.depth else []
-            if searched:
-                found = find_positives(read_rows(prepared / "passages.arrow"), searched, data.positives.depth)
-                print(f"a positive by answer for {found} of the {len(searched)} questions that name none")
             if report.counts:
                 print(f"{report.counts.total()} rows cannot be used, listed in {UNUSABLE}")
         for split, rows in questions.items():

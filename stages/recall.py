@@ -4,8 +4,9 @@
     python -m stages.recall --split test --weights 0.3 1 --out recall.json
     python -m stages.recall --split test --trained              # the same after joint training: encoder, reranker and weights
 
-Not a stage. Reads data/prepared, data/retriever and data/index, data/lexical if it has hits, and data/reranker if
-models.reranker is set; with --trained what data/model has of them.
+Where no question names a gold passage: how often an answer's words stand in what is found. Not a stage. Reads
+data/prepared, data/retriever and data/index, data/lexical if it has hits, and data/reranker if models.reranker is set;
+with --trained what data/model has of them.
 """
 
 import argparse
@@ -36,8 +37,9 @@ def main() -> None:
     import torch
 
     from stages.bm25.hits import kept_depth, read_hits
+    from stages.corpus.answers import hits_with_answers
     from stages.corpus.arrow import gold_rows, read_rows
-    from stages.corpus.recall import recall_at
+    from stages.corpus.recall import recalls
     from stages.encoders.encoder import load_encoder
     from stages.rag.folder import load_rag_parts
     from stages.rag.prior import load_prior
@@ -47,8 +49,6 @@ def main() -> None:
 
     passages, questions = (read_rows(PREPARED / f"{name}.arrow") for name in ("passages", arguments.split))
     gold = gold_rows(questions, passages)
-    if not any(gold):
-        raise ValueError(f"{PREPARED / arguments.split}.arrow: no question names a gold passage, nothing to measure")
     settings, trained = params.retriever, arguments.trained
     model = MODEL if trained else Path("nowhere")
     weights = load_prior(model, settings)()
@@ -62,9 +62,15 @@ def main() -> None:
     searched = Searched(index, encoder, hits, params, device)
     depth = max(DEPTHS)
 
+    # By the passages that questions name; where none names any, by the words of their answers.
+    known = [row for row, names in enumerate(gold) if names]
+    answers = list(questions["answers"])
+
     def recall(found: torch.Tensor) -> dict[str, float]:
-        hit = [[row in some for row in rows] for some, rows in zip(gold, found.tolist(), strict=True) if some]
-        return {f"recall_at_{k}": recall_at(hit, k) for k in DEPTHS}
+        rows = found[:, : max(DEPTHS)].tolist()
+        if known:
+            return recalls([[row in gold[at] for row in rows[at]] for at in known], DEPTHS)
+        return recalls(list(hits_with_answers(passages, rows, answers)), DEPTHS, "answer_")
 
     measured = {"dense": recall(searched.candidates(questions, depth, weights.score_scale, None).rows)}
     if hits:

@@ -1,6 +1,6 @@
 """Stage 3c: a cross-encoder learns to rank what dense and lexical search find, where models.reranker names one.
 
-    python -m stages.reranker                       # reads data/prepared, retriever, lexical, index; writes data/reranker
+    python -m stages.reranker                       # reads data/prepared, positives, retriever, lexical, index; writes data/reranker
     dvc exp run -S models.reranker=FOLDER           # the best retriever.n_docs of retriever.rerank_depth candidates are read
     dvc exp run -S retriever.reranker.steps=0       # a model that ranks already, as it is
 
@@ -17,7 +17,8 @@ from stages.machine.entry import run
 from stages.machine.stage_params import stage_params
 from stages.params import Params
 
-PREPARED, RETRIEVER, LEXICAL = Path("data/prepared"), Path("data/retriever"), Path("data/lexical")
+PREPARED, POSITIVES = Path("data/prepared"), Path("data/positives")
+RETRIEVER, LEXICAL = Path("data/retriever"), Path("data/lexical")
 VECTORS, INDEX = Path("data/vectors"), Path("data/index")
 RERANKER, METRICS = Path("data/reranker"), Path("metrics/reranker.json")
 RECALL_DEPTHS = (1, 5)
@@ -49,11 +50,12 @@ def warm_up(folder: Path, params: Params, device) -> dict[str, float]:
     from datasets import Dataset
 
     from stages.bm25.hits import read_hits
-    from stages.corpus.arrow import gold_rows, read_rows
+    from stages.corpus.arrow import gold_rows, own_rows, read_rows
     from stages.corpus.token_store import TokenStore, write_tokens
     from stages.encoders.cross_encoder import load_cross_encoder
     from stages.encoders.encoder import load_encoder
     from stages.encoders.mining import HardNegatives, without_answers
+    from stages.encoders.own_passages import OwnPassages
     from stages.encoders.reranker_warmup import batches, warm_up_reranker
     from stages.search.candidates import Candidates, Searched, ranking_metrics
     from stages.search.passage_index import load_index
@@ -79,10 +81,10 @@ def warm_up(folder: Path, params: Params, device) -> dict[str, float]:
             questions, settings.rerank_depth, settings.score_scale, settings.hybrid_weight if hits else None, rows
         )
 
-    loss, mined, seconds = 0.0, 0.0, 0.0
+    trained: dict[str, float] = {}
     if warmth.steps:
         train = read_rows(PREPARED / "train.arrow")
-        golds = gold_rows(train, passages)
+        golds = own_rows(train, read_rows(POSITIVES / "train.arrow"), passages)
         known = [row for row, gold in enumerate(golds) if gold]
         if not known:
             raise ValueError(
@@ -96,7 +98,8 @@ def warm_up(folder: Path, params: Params, device) -> dict[str, float]:
         found = candidates("train", train, rows)
         some = train.select(rows.tolist())
         pool = torch.full((len(known), found.rows.shape[1]), -1)
-        pool[seen] = without_answers(found.rows, some["answers"], some["positive_ids"], passages)
+        own = OwnPassages([golds[row] for row in rows.tolist()], reranker.tokens)
+        pool[seen] = without_answers(found.rows, list(some["answers"]), own, passages)
         positives = torch.full((len(known), max(len(golds[row]) for row in known)), -1)
         for place, row in enumerate(known):
             positives[place, : len(golds[row])] = torch.tensor(golds[row])
@@ -107,18 +110,23 @@ def warm_up(folder: Path, params: Params, device) -> dict[str, float]:
             encoder, TokenStore.from_rows(asked), reranker.tokens, positives, negatives, steps=warmth.steps,
             batch_size=warmth.batch_size, learning_rate=warmth.learning_rate, seed=params.seed, device=device,
         )  # fmt: skip
-        seconds, mined = time.perf_counter() - started, HardNegatives(pool[seen], warmth.negatives).mean
+        trained = {
+            "train_loss": loss,  # of the last step, in nats
+            "hard_negatives_mined": HardNegatives(pool[seen], warmth.negatives).mean,  # a question
+            "warmup_seconds": time.perf_counter() - started,
+        }
     encoder.save(folder / "model")
 
     validation = read_rows(PREPARED / "validation.arrow")
     found = candidates("validation", validation)
     metrics = {
         "steps": warmth.steps,
-        "train_loss": loss,  # of the last step, in nats
-        "hard_negatives_mined": mined,  # a question
-        "warmup_seconds": seconds,
+        **trained,
         **ranking_metrics(reranker, found, validation, gold_rows(validation, passages), params, RECALL_DEPTHS),
     }
+    if "candidates_recall" not in metrics:
+        print("no validation question names a gold passage: the ranking is not measured")
+        return metrics
     print(
         "recall@1 of the validation questions' candidates "
         f"{metrics['candidates_recall_at_1']:.1f}, by the reranker {metrics['reranker_recall_at_1']:.1f}, by all scores "

@@ -1,6 +1,6 @@
 """Stage 2: a short DPR warm-up of the question and context encoders on the training questions' gold passages.
 
-    python -m stages.retriever                      # reads data/prepared, writes data/retriever
+    python -m stages.retriever                      # reads data/prepared, data/positives, writes data/retriever
     dvc exp run -S retriever.steps=0                # passes the encoders through as they are
     dvc exp run -S retriever.hard_negatives.count=1 -S retriever.hard_negatives.steps=30    # a second round
 
@@ -14,7 +14,9 @@ from stages.machine.devices import prepare_torch
 from stages.machine.entry import run
 from stages.machine.stage_params import stage_params
 
-PREPARED, RETRIEVER, METRICS = Path("data/prepared"), Path("data/retriever"), Path("metrics/retriever.json")
+PREPARED, POSITIVES = Path("data/prepared"), Path("data/positives")
+RETRIEVER, METRICS = Path("data/retriever"), Path("metrics/retriever.json")
+SPLITS = ("train", "validation")
 
 
 def main() -> None:
@@ -23,10 +25,11 @@ def main() -> None:
     import torch
     from transformers import DPRContextEncoder, DPRQuestionEncoder
 
-    from stages.corpus.arrow import positions_of, read_rows, replacing
+    from stages.corpus.arrow import own_rows, read_rows, replacing
     from stages.corpus.token_store import TokenStore
     from stages.encoders.encoder import load_encoder
     from stages.encoders.mining import HardNegatives, best_hits, tokenize_passages, without_answers
+    from stages.encoders.own_passages import OwnPassages
     from stages.encoders.warmup import WarmUp
     from stages.storage import manifest
     from stages.storage.outside_files import find
@@ -49,54 +52,58 @@ def main() -> None:
     warm_up = WarmUp(question_encoder, context_encoder, device, settings.score_scale)
 
     passages = read_rows(PREPARED / "passages.arrow")
-    known = {
-        split: [row for row in read_rows(PREPARED / f"{split}.arrow") if row["positive_ids"]]
-        for split in ("train", "validation")
-    }
-    position = positions_of(passages, {row["positive_ids"][0] for rows in known.values() for row in rows})
-    questions = {}
-    for split, rows in known.items():
-        if not rows and (settings.steps or hard.count):
+    known, gold, questions = {}, {}, {}
+    for split in SPLITS:
+        rows, found = (read_rows(folder / f"{split}.arrow") for folder in (PREPARED, POSITIVES))
+        own = {row: some for row, some in enumerate(own_rows(rows, found, passages)) if some}
+        if not own and (settings.steps or hard.count):
             raise ValueError(
                 f"{PREPARED / split}.arrow: no question has a positive passage, the warm-up needs some; name them in "
                 "data.fields.positive_ids, raise data.positives.depth to find them by answer, or set retriever.steps and "
                 "retriever.hard_negatives.count to 0"
             )
-        store = TokenStore.from_rows(
-            question_encoder.question_rows([row["question"] for row in rows], lengths.question_tokens)
+        known[split], gold[split] = rows.select(list(own)), list(own.values())
+        questions[split] = TokenStore.from_rows(
+            question_encoder.question_rows(list(known[split]["question"]), lengths.question_tokens)
         )
-        questions[split] = store, [position[row["positive_ids"][0]] for row in rows]
     # Only passages that some question asks about are read in training; they are renumbered to be tokenized alone.
-    needed = sorted({passage for _, gold in questions.values() for passage in gold})
+    needed = sorted({passage for rows in gold.values() for some in rows for passage in some})
     renumbered = {passage: row for row, passage in enumerate(needed)}
     chosen = passages.select(needed)
     passage_rows = context_encoder.passage_rows(list(chosen["title"]), list(chosen["text"]), lengths.passage_tokens)
     passage_store = TokenStore.from_rows(passage_rows)
-    gold = {split: torch.tensor([renumbered[passage] for passage in rows]) for split, (_, rows) in questions.items()}
+    positives = {
+        split: OwnPassages([[renumbered[passage] for passage in some] for some in rows], passage_store)
+        for split, rows in gold.items()
+    }
 
-    def validation_loss() -> float:
-        return warm_up.validate(questions["validation"][0], passage_store, gold["validation"], settings.batch_size)
+    def validation_loss() -> dict[str, float]:
+        if not len(known["validation"]):
+            return {}
+        loss = warm_up.validate(questions["validation"], passage_store, positives["validation"], settings.batch_size)
+        return {"val_loss": loss}
 
-    before, loss = validation_loss() if known["validation"] else 0.0, 0.0
-    first_round = before
+    before = first_round = after = validation_loss()
+    trained: dict[str, float] = {}
     if settings.steps:
         loss = warm_up.train(
-            questions["train"][0], passage_store, gold["train"], steps=settings.steps, batch_size=settings.batch_size,
+            questions["train"], passage_store, positives["train"], steps=settings.steps, batch_size=settings.batch_size,
             learning_rate=settings.learning_rate, seed=params.seed,
         )  # fmt: skip
-        first_round = validation_loss()
-    after, mined = first_round, 0.0
+        trained = {"train_loss": loss}
+        first_round = after = validation_loss()
+    mined = 0.0
     if hard.count:
-        store, rows = questions["train"]
-        answers, positive_ids = ([row[key] for row in known["train"]] for key in ("answers", "positive_ids"))
         everything = tokenize_passages(context_encoder, passages, lengths.passage_tokens)
-        hits = best_hits(question_encoder, context_encoder, store, everything, hard.depth, device)
-        pool = without_answers(hits, answers, positive_ids, passages, hard.skip)
+        own = OwnPassages(gold["train"], everything)
+        hits = best_hits(question_encoder, context_encoder, questions["train"], everything, hard.depth, device)
+        pool = without_answers(hits, list(known["train"]["answers"]), own, passages, hard.skip)
         negatives = HardNegatives(pool, hard.count)
         loss = warm_up.train(
-            store, everything, torch.tensor(rows), steps=hard.steps, batch_size=settings.batch_size,
+            questions["train"], everything, own, steps=hard.steps, batch_size=settings.batch_size,
             learning_rate=settings.learning_rate, seed=params.seed + 1, negatives=negatives,
         )  # fmt: skip
+        trained = {"train_loss": loss}
         after, mined = validation_loss(), negatives.mean
 
     with replacing(RETRIEVER) as (made,):
@@ -104,14 +111,19 @@ def main() -> None:
         context_encoder.save(made / "context_encoder")
     metrics = {
         "steps": settings.steps + (hard.steps if hard.count else 0),
-        "train_loss": loss,  # of the last step, in the second round with hard negatives in it
-        "val_loss_before": before,
-        "val_loss_first_round": first_round,
-        "val_loss": after,
+        **trained,  # the loss of the last step, in the second round with hard negatives in it
+        **{f"{name}_before": loss for name, loss in before.items()},
+        **{f"{name}_first_round": loss for name, loss in first_round.items()},
+        **after,  # no losses where no validation question has a positive
         "hard_negatives_mined": mined,  # a question
     }
     manifest.write_metrics(METRICS, metrics)
-    print(f"in-batch validation loss {before:.3f} -> {after:.3f} nats after {metrics['steps']} steps")
+    change = (
+        f"{before['val_loss']:.3f} -> {after['val_loss']:.3f} nats"
+        if after
+        else "not known, no question has a positive"
+    )
+    print(f"in-batch validation loss {change} after {metrics['steps']} steps")
 
 
 if __name__ == "__main__":

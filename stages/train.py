@@ -10,6 +10,7 @@ The result is a transformers RAG checkpoint; where the context encoder trains to
 index of its vectors lie beside it. Killed and started again, it goes on from its last checkpoint.
 """
 
+import math
 from pathlib import Path
 
 from stages.machine.devices import prepare_torch
@@ -98,7 +99,8 @@ def train_and_leave(params: Params, trainer, examples: dict, workplace, device) 
     curves.write_csv(trainer.progress.history, CURVES)
     workplace.release()
     print(verdicts.text)
-    print(f"validation loss {metrics['val_loss_per_sequence']:.3f} nats a question at step {int(metrics['kept_step'])}")
+    loss = metrics.get("val_loss_per_sequence", math.nan)
+    print(f"validation loss {loss:.3f} nats a question at step {int(metrics['kept_step'])}")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,8 @@ def test_a_stage_depends_on_the_code_that_it_imports_and_on_no_other(stage):
 
 def test_the_stages_are_the_pipeline_and_run_by_module():
     assert PIPELINE == [
-        "inputs", "prepare", "tokens", "retriever", "lexical", "encode", "index", "reranker", "train", "evaluate",
+        "inputs", "prepare", "tokens", "positives", "retriever", "lexical", "encode", "index", "reranker", "train",
+        "evaluate",
     ]  # fmt: skip
     assert PIPELINE[1:] == CACHED
     assert all(DAG[stage]["cmd"] == f"python -m stages.{stage}" for stage in PIPELINE)

@@ -12,10 +12,11 @@ import torch
 import yaml
 from transformers import DPRContextEncoder
 
-from stages.corpus.arrow import PASSAGES, QUESTIONS, read_rows, write_rows
+from stages.corpus.arrow import FOUND, PASSAGES, QUESTIONS, read_rows, write_rows
 from stages.corpus.token_store import TokenStore
 from stages.encoders.encoder import load_encoder
 from stages.encoders.mining import HardNegatives, best_hits, tokenize_passages, without_answers
+from stages.encoders.own_passages import OwnPassages
 from stages.encoders.warmup import WarmUp
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +41,8 @@ def stage(folder: Path, questions_with_positives: int = 60, **hard_negatives) ->
     write_rows(folder / "data/prepared/passages.arrow", PASSAGES, passages)
     write_rows(folder / "data/prepared/train.arrow", QUESTIONS, questions)
     write_rows(folder / "data/prepared/validation.arrow", QUESTIONS, questions[:20])
+    for split in ("train", "validation"):
+        write_rows(folder / f"data/positives/{split}.arrow", FOUND, [])
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     params["models"] |= {f"{role}_encoder": str(ROOT / "data/tiny/encoder") for role in ("question", "context")}
     params["retriever"] |= {"steps": 6, "batch_size": 8}
@@ -93,13 +96,17 @@ def test_the_second_round_lowers_the_loss_against_what_was_mined(once, twice):
     questions = TokenStore.from_rows(first[0].question_rows([row["question"] for row in known], 48))
     store = tokenize_passages(first[1], passages, 160)
     hits = best_hits(*first, questions, store, 10, CPU)
-    pool = without_answers(hits, *([row[key] for row in known] for key in ("answers", "positive_ids")), passages)
+    gold = [passages["id"].index(row["positive_ids"][0]) for row in known]
+    own = OwnPassages([[row] for row in gold], store)
+    pool = without_answers(hits, [row["answers"] for row in known], own, passages)
     assert metrics_of(twice)["hard_negatives_mined"] == pytest.approx(HardNegatives(pool, 1).mean)
 
     rows = torch.arange(len(known))
-    gold = torch.tensor([passages["id"].index(row["positive_ids"][0]) for row in known])
-    wanted = torch.cat([gold, HardNegatives(pool, 1).draw(rows, torch.Generator().manual_seed(0))])
-    losses = [WarmUp(*pair, CPU).loss(questions, store, rows, wanted).item() for pair in (first, second)]
+    wanted = torch.cat([torch.tensor(gold), HardNegatives(pool, 1).draw(rows, torch.Generator().manual_seed(0))])
+    losses = [
+        WarmUp(*pair, CPU).loss(questions, store, rows, wanted, own.among(rows, wanted)).item()
+        for pair in (first, second)
+    ]
     assert losses[1] < 0.8 * losses[0]
 
 

@@ -1,11 +1,20 @@
-"""Answers as text: normalised, and looked for in a passage."""
+"""Answers as text: normalised for EM and F1, and looked for in passages."""
 
 import re
 import string
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import regex
+
+if TYPE_CHECKING:
+    from datasets import Dataset  # to ask a question takes no second for it
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
+WORD = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
+HITS_A_READ = 20_000  # passages of a hundred words: 20 MB
 
 
 def normalize_answer(text: str) -> str:
@@ -16,7 +25,45 @@ def normalize_answer(text: str) -> str:
     return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
 
 
+def words_of(text: str) -> str:
+    """The words of `text`, lower-cased, each between blanks, so that words follow words where text stands in text.
+
+    A word is a run of letters, digits and marks, or any other one character that is neither blank nor control character,
+    in Unicode's normal form D: DPR's SimpleTokenizer (Karpukhin et al. 2020, dpr/utils/tokenizers.py).
+    """
+    return f" {' '.join(WORD.findall(unicodedata.normalize('NFD', text)))} ".lower()
+
+
 def contains_answer(text: str, answers: Iterable[str]) -> bool:
-    """Whether any normalised gold answer stands in the normalised text as whole words (DPR's `has_answer`)."""
-    padded = f" {normalize_answer(text)} "
-    return any((gold := normalize_answer(answer)) and f" {gold} " in padded for answer in answers)
+    """Whether the words of any gold answer stand in the text one after the other: DPR's `has_answer`, articles and all.
+
+    An answer without any word stands nowhere.
+    """
+    return _contains(words_of(text), _golds(answers))
+
+
+def hits_with_answers(
+    passages: "Dataset", hits: Sequence[Sequence[int]], answers: Sequence[Iterable[str]]
+) -> Iterator[list[bool]]:
+    """`contains_answer` of title and text for each question's hits, rows of `passages`; -1 is no passage, so False.
+
+    Of many questions at once every passage is read and cut into words once, however many of them it is a hit of.
+    """
+    questions_a_read = max(1, HITS_A_READ // max(1, max(map(len, hits), default=1)))
+    for first in range(0, len(hits), questions_a_read):
+        some = hits[first : first + questions_a_read]
+        rows = sorted({row for of_one in some for row in of_one if row >= 0})
+        read = passages[rows]
+        words = {
+            row: words_of(f"{title} {text}") for row, title, text in zip(rows, read["title"], read["text"], strict=True)
+        }
+        for of_one, gold in zip(some, map(_golds, answers[first : first + questions_a_read]), strict=True):
+            yield [row >= 0 and _contains(words[row], gold) for row in of_one]
+
+
+def _golds(answers: Iterable[str]) -> list[str]:
+    return [words for words in map(words_of, answers) if words.strip()]
+
+
+def _contains(words: str, golds: list[str]) -> bool:
+    return any(gold in words for gold in golds)

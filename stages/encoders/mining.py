@@ -14,13 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stages.compute.exact_search import exact_scan
-from stages.corpus.answers import normalize_answer
+from stages.corpus.answers import hits_with_answers
 from stages.corpus.token_store import TokenStore
 from stages.encoders.encoder import Encoder
+from stages.encoders.own_passages import OwnPassages
 
 PASSAGES_A_CHUNK = 8192  # tokenized at once, 20 KB a passage while the tokenizer works
 QUESTIONS_A_SEARCH = 8192  # vectors are read once for so many
-ROWS_A_READ = 1000
 BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
 
 
@@ -73,26 +73,19 @@ def best_hits(
 
 
 def without_answers(
-    hits: Tensor, answers: Sequence[list[str]], positive_ids: Sequence[list[str]], passages: Dataset, skip: int = 0
+    hits: Tensor, answers: Sequence[list[str]], own: OwnPassages, passages: Dataset, skip: int = 0
 ) -> Tensor:
     """Those of the hits [Q, depth] that are negatives, in their order and behind them -1; the first `skip` are left out.
 
-    A hit that contains an answer (scoring.contains_answer, in title and text) is no negative, named as a positive or not.
+    A hit that contains an answer (answers.contains_answer, in title and text) is no negative, nor is one of the
+    question's own passages or a copy of one.
     """
-    ids, texts = {}, {}
-    for rows in tqdm(hits.unique().split(ROWS_A_READ), desc="read hard negatives", unit=" chunks"):
-        chunk = passages[rows.tolist()]
-        # As contains_answer does, but every text once: a passage is a hit of many questions.
-        padded = (f" {normalize_answer(f'{t} {x}')} " for t, x in zip(chunk["title"], chunk["text"], strict=True))
-        ids.update(zip(rows.tolist(), chunk["id"], strict=True))
-        texts.update(zip(rows.tolist(), padded, strict=True))
     pool = torch.full_like(hits, -1)
-    asked = zip(hits.tolist(), answers, positive_ids, strict=True)
-    for question, (rows, gold, positives) in enumerate(tqdm(asked, "look for answers", len(hits), unit=" questions")):
-        words = [f" {normalized} " for normalized in map(normalize_answer, gold) if normalized]
-        kept = [row for row in rows if ids[row] not in positives and not any(word in texts[row] for word in words)]
-        kept = kept[skip:]
-        pool[question, : len(kept)] = torch.tensor(kept, dtype=pool.dtype)
+    flagged = hits_with_answers(passages, hits.tolist(), answers)
+    for question, flags in enumerate(tqdm(flagged, "look for answers", len(hits), unit=" questions")):
+        mine = own.among(torch.tensor([question]), hits[question])[0]
+        kept = hits[question][~(mine | torch.tensor(flags))][skip:]
+        pool[question, : len(kept)] = kept
     return pool
 
 

@@ -13,21 +13,23 @@ from stages.corpus.epochs import epoch_order
 from stages.corpus.token_store import TokenStore
 from stages.encoders.encoder import Encoder, padded_rows
 from stages.encoders.mining import HardNegatives
+from stages.encoders.own_passages import OwnPassages
 
 
 def in_batch_loss(
-    questions: torch.Tensor, passages: torch.Tensor, rows: torch.Tensor, score_scale: float = 1.0
+    questions: torch.Tensor, passages: torch.Tensor, own: torch.Tensor, score_scale: float = 1.0
 ) -> torch.Tensor:
     """Mean cross-entropy of each question's own passage among all passages of the batch, in nats.
 
-    `questions` [B, d] are vectors, `passages` [B + M, d] those of their own passages in the same order and of M hard
-    negatives of any of them; `rows` [B + M] say which passage of the corpus each is. No question may push its own
-    passage away because another question is about it, too, or took it for a negative: such columns are left out.
+    `questions` [B, d] are vectors, `passages` [B + M, d] those of one of their own passages each, in the same order, and
+    of M hard negatives of any of them. `own` [B, B + M] says which of the passages are a question's own. It may push none
+    of them away because another question is about it, too, or took it for a negative: such columns are left out.
     """
     scores = score_scale * (questions.float() @ passages.float().T)
-    same = rows[: len(questions), None] == rows[None, :]
-    same.fill_diagonal_(False)
-    return F.cross_entropy(scores.masked_fill(same, float("-inf")), torch.arange(len(questions), device=scores.device))
+    left_out = own.clone().fill_diagonal_(False)
+    return F.cross_entropy(
+        scores.masked_fill(left_out, float("-inf")), torch.arange(len(questions), device=scores.device)
+    )
 
 
 class WarmUp:
@@ -42,9 +44,12 @@ class WarmUp:
             encoder.model.to(device)
 
     def loss(
-        self, questions: TokenStore, passages: TokenStore, rows: torch.Tensor, wanted: torch.Tensor
+        self, questions: TokenStore, passages: TokenStore, rows: torch.Tensor, wanted: torch.Tensor, own: torch.Tensor
     ) -> torch.Tensor:
-        """In-batch loss of the questions `rows` [B] over the passages `wanted` [B + M]: their own, then hard negatives."""
+        """In-batch loss of the questions `rows` [B] over the passages `wanted` [B + M]: their own, then hard negatives.
+
+        `own` [B, B + M] as `in_batch_loss` takes it.
+        """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             vectors = []
             for encoder, store, chosen in (
@@ -52,13 +57,13 @@ class WarmUp:
             ):  # fmt: skip
                 ids, mask = padded_rows(store, chosen, encoder.tokenizer.pad_token_id, self.device)
                 vectors.append(encoder.embed(ids, mask))
-        return in_batch_loss(vectors[0], vectors[1], wanted.to(self.device), self.score_scale)
+        return in_batch_loss(vectors[0], vectors[1], own.to(self.device), self.score_scale)
 
-    def train(self, questions: TokenStore, passages: TokenStore, positives: torch.Tensor, *, steps: int, batch_size: int,
+    def train(self, questions: TokenStore, passages: TokenStore, positives: OwnPassages, *, steps: int, batch_size: int,
               learning_rate: float, seed: int, negatives: HardNegatives | None = None) -> float:  # fmt: skip
-        """Takes `steps` steps in place; `positives` [N] names a row of `passages` for each question. Returns the last loss.
+        """Takes `steps` steps in place; `positives` are rows of `passages`. Returns the last loss.
 
-        `negatives` name rows of `passages`, too, and are drawn anew in each step.
+        Of a question's positives one is drawn anew each time. `negatives` are rows of `passages`, too, drawn as well.
         """
         models = [self.question_encoder.model, self.context_encoder.model]
         parameters = [parameter for model in models for parameter in model.parameters()]
@@ -78,10 +83,10 @@ class WarmUp:
             if len(order) < batch_size:
                 order, epoch = order + epoch_order(len(questions), seed, epoch), epoch + 1
             rows, order = torch.tensor(order[:batch_size]), order[batch_size:]
-            wanted = positives[rows]
+            wanted = positives.draw(rows, drawing)
             if negatives is not None:
                 wanted = torch.cat([wanted, negatives.draw(rows, drawing)])
-            loss = self.loss(questions, passages, rows, wanted)
+            loss = self.loss(questions, passages, rows, wanted, positives.among(rows, wanted))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -94,9 +99,11 @@ class WarmUp:
         return loss.item()
 
     @torch.no_grad()
-    def validate(self, questions: TokenStore, passages: TokenStore, positives: torch.Tensor, batch_size: int) -> float:
-        """Mean in-batch loss over all questions, in nats."""
+    def validate(self, questions: TokenStore, passages: TokenStore, positives: OwnPassages, batch_size: int) -> float:
+        """Mean in-batch loss of all questions' first positives, in nats."""
         total = 0.0
         for rows in torch.arange(len(questions)).split(batch_size):
-            total += self.loss(questions, passages, rows, positives[rows]).item() * len(rows)
+            wanted = positives.first(rows)
+            loss = self.loss(questions, passages, rows, wanted, positives.among(rows, wanted))
+            total += loss.item() * len(rows)
         return total / len(questions)

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from stages.bm25.hits import Hits
 from stages.compute.out_of_memory import in_batches
-from stages.corpus.answers import contains_answer
-from stages.corpus.recall import recall_at
+from stages.corpus.answers import hits_with_answers
+from stages.corpus.recall import recalls
 from stages.evaluation import scoring
 from stages.evaluation.decoding import Answer, generate
 from stages.generation import marginalization
@@ -52,17 +52,22 @@ def retrieve(rag: Rag, examples: Examples, depth: int, batch_size: int) -> Found
 
 
 def answer(
-    rag: Rag, examples: Examples, rows: Tensor, log_prior: Tensor, settings: Evaluate, marginal: str, progress: str
-) -> Iterator[Answer]:
-    """Answers of all questions, each from its passages `rows` [N, K] (-1: none, the question alone) and their prior.
+    rag: Rag, examples: Examples, rows: Tensor, log_prior: Tensor, settings: Evaluate, marginal: str, progress: str,
+    asked: list[int] | None = None,
+) -> Iterator[Answer]:  # fmt: skip
+    """Answers of the questions `asked` (None: all N), each from its passages `rows` [N, K] and their prior.
+
+    A row of -1 is no passage, its context the question alone.
 
     Questions are decoded settings.batch_size at once, more where they have fewer passages than usual; a batch that does
     not fit into memory in halves.
     """
     decoding_marginal = "token" if marginal == "token" else "sequence"
-    bar = tqdm(total=len(examples), desc=progress, unit=" questions", disable=not progress)
+    asked = list(range(len(examples))) if asked is None else asked
+    bar = tqdm(total=len(asked), desc=progress, unit=" questions", disable=not progress)
 
-    def decode(chosen: list[int]) -> list[Answer]:
+    def decode(places: list[int]) -> list[Answer]:
+        chosen = [asked[place] for place in places]
         batch = rag.batch(examples, chosen)
         input_ids, attention_mask = rag.contexts(batch, rows[chosen])
         shape = (len(chosen), rows.shape[1], -1)
@@ -73,7 +78,7 @@ def answer(
         )  # fmt: skip
 
     as_many_contexts = settings.batch_size * max(1, rag.n_docs // rows.shape[1])
-    for answers in in_batches(len(examples), as_many_contexts, decode):
+    for answers in in_batches(len(asked), as_many_contexts, decode):
         yield from answers
         bar.update(len(answers))
     bar.close()
@@ -92,7 +97,8 @@ def evaluate(
 
     `gold_rows`: rows of each question's own passages among `passages`, where it names any.
     Beside EM and F1: recall by gold passage and by answer string, EM with the gold passage given (oracle) and with no
-    passage at all (closed book).
+    passage at all (closed book). What needs a gold passage is measured over the questions that name one, the closed book
+    over them too, as `closed_book_em_of_oracle_questions`; where none does, these metrics are absent.
     """
     rag.eval()
     device = next(rag.parameters()).device
@@ -111,23 +117,23 @@ def evaluate(
     none = torch.zeros((len(examples), 1), device=device)
     closed = list(answer(rag, examples, none.long() - 1, none, settings, marginal, "closed book"))
     oracle_rows = torch.tensor([[gold[0] if gold else -1] for gold in gold_rows], device=device)
-    oracle = list(answer(rag, examples, oracle_rows, none, settings, marginal, "gold passage"))
+    oracle = list(answer(rag, examples, oracle_rows, none, settings, marginal, "gold passage", known)) if known else []
 
     found_rows = found.rows.tolist()
     by_id = [[row in gold_rows[index] for row in found_rows[index]] for index in known]
-    texts = [[passages[row] if row >= 0 else None for row in some] for some in found_rows]
-    by_string = [
-        [bool(text) and contains_answer(f"{text['title']} {text['text']}", gold) for text in some]
-        for some, gold in zip(texts, golds, strict=True)
-    ]
+    texts = [[passages[row] if row >= 0 else None for row in some[: rag.n_docs]] for some in found_rows]
+    by_string = list(hits_with_answers(passages, found_rows, golds))
+    gold_known = [golds[index] for index in known]
     metrics = {
         **_mean_scores([answer.text for answer in answers], golds, ""),
-        **{f"recall_at_{k}": recall_at(by_id, k) for k in RECALL_DEPTHS},
-        **{f"answer_recall_at_{k}": recall_at(by_string, k) for k in RECALL_DEPTHS},
-        **_mean_scores([oracle[index].text for index in known], [golds[index] for index in known], "oracle_"),
+        **recalls(by_id, RECALL_DEPTHS),
+        **recalls(by_string, RECALL_DEPTHS, "answer_"),
+        **_mean_scores([answer.text for answer in oracle], gold_known, "oracle_"),
         **_mean_scores([answer.text for answer in closed], golds, "closed_book_"),
+        **_mean_scores([closed[index].text for index in known], gold_known, "closed_book_", "_of_oracle_questions"),
         "questions": len(questions),
         "questions_with_gold_passage": len(known),
+        "questions_without_passages": int((rows < 0).all(1).sum()),
         "n_docs": rag.n_docs,
         "passages": len(passages),
         "questions_per_second": len(questions) / seconds,
@@ -141,7 +147,7 @@ def evaluate(
             "em": scoring.exact_match(given.text, golds[index]),
             "f1": scoring.f1(given.text, golds[index]),
             "log_prob": given.log_prob,
-            "passages": passages_of(given, prior[index], texts[index][: rag.n_docs]),
+            "passages": passages_of(given, prior[index], texts[index]),
         }
         for index, given in enumerate(answers)
     ]
@@ -158,10 +164,11 @@ def passages_of(given: Answer, prior: Tensor, texts: list[dict | None]) -> list[
     ]
 
 
-def _mean_scores(predictions: list[str], golds: list[list[str]], prefix: str) -> dict[str, float]:
-    count = max(1, len(predictions))
+def _mean_scores(predictions: list[str], golds: list[list[str]], prefix: str, suffix: str = "") -> dict[str, float]:
     pairs = list(zip(predictions, golds, strict=True))
+    if not pairs:
+        return {}
     return {
-        f"{prefix}em": 100.0 * sum(scoring.exact_match(*pair) for pair in pairs) / count,
-        f"{prefix}f1": 100.0 * sum(scoring.f1(*pair) for pair in pairs) / count,
+        f"{prefix}{name}{suffix}": 100.0 * sum(score(*pair) for pair in pairs) / len(pairs)
+        for name, score in (("em", scoring.exact_match), ("f1", scoring.f1))
     }

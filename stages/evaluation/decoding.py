@@ -57,7 +57,7 @@ def generate(
     """The best answer to each of B questions.
 
     `input_ids` and `attention_mask` [B, K, L] are the contexts of K passages. `log_prior` [B, K] is log
-    p(z|x), -inf for a missing passage; a question has at least one. `max_answer_tokens` counts EOS; what
+    p(z|x), -inf for a missing passage; a question has at least one context, if only itself. `max_answer_tokens` counts EOS; what
     gets so long must end with EOS there, and pays for it. One beam is greedy search.
 
     `marginalization` "sequence": a beam search per passage finds candidates. `decoding` "thorough" then
@@ -76,7 +76,7 @@ def generate(
     n_docs = input_ids.shape[1]
     log_prior = log_prior.float()
     priors = log_prior.tolist()
-    assert all(max(prior) > -math.inf for prior in priors), "a question without any passage"
+    assert all(max(prior) > -math.inf for prior in priors), "a question without any context"
 
     contexts = generator.encode(input_ids.flatten(0, 1), attention_mask.flatten(0, 1))
     state = start(generator, contexts)

@@ -23,8 +23,15 @@ def token_log_probs(logits: Tensor, targets: Tensor, label_smoothing: float = 0.
 
 
 def log_prior(doc_scores: Tensor) -> Tensor:
-    """log p(z | x): log-softmax over the retrieved passages of doc_scores [B, K]; -inf stays -inf."""
-    return doc_scores.float().log_softmax(-1)
+    """log p(z | x): log-softmax over the retrieved passages of doc_scores [B, K]; -inf (no passage) stays -inf.
+
+    A question for which nothing was found is answered from itself alone: its first column, whose context is the question
+    without a passage, has log prior 0, and no gradient reaches the retriever.
+    """
+    scores = doc_scores.float()
+    alone = torch.full_like(scores, -torch.inf)
+    alone[..., 0] = 0.0
+    return torch.where((scores == -torch.inf).all(-1, keepdim=True), alone, scores).log_softmax(-1)
 
 
 def sequence_nll(prior: Tensor, token_lp: Tensor, mask: Tensor) -> Tensor:

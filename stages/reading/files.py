@@ -36,15 +36,22 @@ class Table:
 
 
 def open_tables(files: Files, columns: set[str]) -> dict[str, Table]:
-    """The files that `data.files` names, by split. Raises ValueError for a missing one and an unknown kind.
+    """The files that `data.files` names, by split.
+
+    Raises ValueError for a missing one, an unknown kind and a file named twice, however its path is spelled.
 
     `columns`: all that is needed of a Parquet file.
     """
-    tables = {}
+    tables: dict[str, Table] = {}
+    splits: dict[Path, str] = {}
     for split, name in files.model_dump().items():
         if name:
             key = f"data.files.{split}"
             path = find_file(name, key)
+            if (other := splits.setdefault(path.resolve(), split)) != split:
+                raise ValueError(
+                    f"{key}: {name} is the file of data.files.{other} too; what is trained on cannot be what is measured on"
+                )
             if kind_of(path, key) == ".json" and split == "passages":
                 raise ValueError(f"{key}: {path} cannot be streamed; use JSON lines, CSV, TSV or Parquet")
             tables[split] = Table(str(path), partial(read_file, path, columns))

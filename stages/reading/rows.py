@@ -5,6 +5,7 @@ A row that merely cannot be used goes into the report and is left out; a missing
 
 import ast
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -168,16 +169,32 @@ def id_of(item) -> str:
 
 
 def keep_known(questions: Iterable[dict], known: set[str], report: Report) -> None:
-    """Takes positives that are no passage's id out of the questions, in place, and lists them in the report."""
-    files = set()
+    """Takes positives that are no passage's id out of the questions, in place, lists them in the report and warns.
+
+    The questions stay usable, so they do not count for data.max_unusable. Raises ValueError where a file names positives
+    and not one of them is known: its ids are those of other passages, or another field's.
+    """
+    named, without, first = Counter(), Counter(), {}
+    some_known = set()
     for question in questions:
-        unknown = [name for name in question["positive_ids"] if name not in known]
-        if unknown:
-            question["positive_ids"] = [name for name in question["positive_ids"] if name in known]
-            report.add(question["file"], question["line"], f"unknown positive id {unknown[0]!r}; kept without it")
-            files.add(question["file"])
-    for file in sorted(files):
-        report.check(file)
+        file, line = question["file"], question["line"]
+        kept = [name for name in question["positive_ids"] if name in known]
+        named[file] += bool(question["positive_ids"])
+        if kept:
+            some_known.add(file)
+        if len(kept) < len(question["positive_ids"]):
+            unknown = next(name for name in question["positive_ids"] if name not in known)
+            report.note(file, line, f"unknown positive id {unknown!r}; kept without it")
+            first.setdefault(file, f"{file}:{line}: unknown positive id {unknown!r}")
+            without[file] += 1
+        question["positive_ids"] = kept
+    for file, count in sorted(without.items()):
+        if file not in some_known:
+            raise ValueError(
+                f"{first[file]}; of {named[file]} questions with positives none names a known passage: set "
+                "data.fields.positive_ids and data.fields.passage_id, or take the positives out of the file"
+            )
+        print(f"warning: {first[file]}; {count} questions are kept without such, listed in {report.path}")
 
 
 class PassageIds:

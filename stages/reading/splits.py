@@ -3,7 +3,28 @@
 import random
 from collections import defaultdict
 
+from stages.corpus.answers import normalize_answer
 from stages.params import Shares
+
+
+def key_of(question: str) -> str:
+    """What two spellings of one question have in common: words without articles and ASCII punctuation, in lower case."""
+    return normalize_answer(question) or " ".join(question.lower().split())
+
+
+def leaks(questions: dict[str, list[dict]]) -> list[str]:
+    """A warning a pair of splits that share questions: what is trained or chosen by says little of what is measured."""
+    keys = {split: [key_of(row["question"]) for row in rows] for split, rows in questions.items()}
+    lines = []
+    for measured, seen in (("validation", "train"), ("test", "train"), ("test", "validation")):
+        known = set(keys[seen])
+        shared = [row for row, key in zip(questions[measured], keys[measured], strict=True) if key in known]
+        if shared:
+            lines.append(
+                f"warning: {len(shared)} of {len(keys[measured])} {measured} questions are {seen} questions too, the first is "
+                f"{shared[0]['file']}:{shared[0]['line']}; scores on them are no scores on new questions"
+            )
+    return lines
 
 
 def split_questions(given: dict[str, list[dict]], shares: Shares, seed: int) -> dict[str, list[dict]]:
@@ -14,7 +35,7 @@ def split_questions(given: dict[str, list[dict]], shares: Shares, seed: int) -> 
     """
     asked: dict[str, list[int]] = defaultdict(list)
     for row, question in enumerate(given["train"]):
-        asked[" ".join(question["question"].lower().split())].append(row)
+        asked[key_of(question["question"])].append(row)
     groups = list(asked.values())
     random.Random(seed).shuffle(groups)
 

@@ -1,4 +1,7 @@
-"""The rows that cannot be used: counted, listed in a file, and too many of them refused (`data.max_unusable`)."""
+"""The rows that cannot be used: counted, listed in a file, and too many of them refused (`data.max_unusable`).
+
+Listed too, but not counted: rows that are used without a part of theirs.
+"""
 
 import json
 import os
@@ -31,8 +34,13 @@ class Report:
             self.unfinished.unlink(missing_ok=True)
 
     def add(self, file: str, line: int, reason: str) -> None:
+        """A row that is left out."""
         self.counts[file] += 1
         self.first.setdefault(file, f"{file}:{line}: {reason}")
+        self.note(file, line, reason)
+
+    def note(self, file: str, line: int, reason: str) -> None:
+        """A row that is used all the same: listed alone."""
         self.file.write(json.dumps({"file": file, "line": line, "reason": reason}, ensure_ascii=True) + "\n")
 
     def check(self, file: str, rows: int | None = None) -> None:

@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from stages.bm25.hits import Hits
-from stages.corpus.recall import recall_at
+from stages.corpus.recall import recall_at, recalls
 from stages.corpus.token_store import TokenStore
 from stages.encoders.encoder import Encoder
 from stages.encoders.reranker_warmup import asked_rows
@@ -87,7 +87,9 @@ def ranking_metrics(
     depths: tuple[int, ...],
 ) -> dict[str, float]:  # fmt: skip
     """Recall of candidates as they came, by the reranker alone, by all with the weights of params.yaml and by those
-    weights that make the gold passages likeliest (`fitted_*`, score_scale being what it is), and the seconds it took."""
+    weights that make the gold passages likeliest (`fitted_*`, score_scale being what it is), and the pairs a second. Where
+    no question names a gold passage the speed is all.
+    """
     settings = params.retriever
     started = time.perf_counter()
     crossed = reranker_scores(reranker, found, list(questions["question"]), params.lengths.question_tokens)
@@ -102,10 +104,12 @@ def ranking_metrics(
     def recall(name: str, scores: Tensor) -> dict[str, float]:
         order = scores.masked_fill(missing, float("-inf")).sort(dim=1, descending=True, stable=True).indices
         hits = gold.gather(1, order)[named].tolist()
-        return {f"{name}_recall_at_{k}": recall_at(hits, k) for k in depths}
+        return recalls(hits, depths, f"{name}_")
 
-    return {
-        "candidates": found.rows.shape[1],
+    speed = {"candidates": found.rows.shape[1], "pairs_per_second": found.rows.numel() / seconds}
+    if not named:
+        return speed
+    return speed | {
         "candidates_recall": recall_at(gold[named].tolist(), found.rows.shape[1]),  # the most that reranking can reach
         **recall("candidates", plain),
         **recall("reranker", crossed),
@@ -114,7 +118,6 @@ def ranking_metrics(
         "fitted_hybrid_weight": (fitted[1] / fitted[0]).item(),
         "fitted_cross_weight": (fitted[2] / fitted[0]).item(),
         "fitted_temperature": (1 / fitted[0]).item(),
-        "pairs_per_second": found.rows.numel() / seconds,
     }
 
 

@@ -1,5 +1,6 @@
 """A training's checkpoints: written beside its steps, brought back where it goes on."""
 
+import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -50,7 +51,8 @@ class Keeper:
             "ranks": ranks.world(),
         }
         weights = checkpointing.own_tensors(self.rag) | self.refresh.tensors()
-        self._write(self.checkpoints.save, progress.step, [weights, state], progress.best_step if self.best else None)
+        best = progress.best_step if self.best and math.isfinite(progress.best_loss) else None
+        self._write(self.checkpoints.save, progress.step, [weights, state], best)
         ranks.wait()
 
     def save_best(self, step: int) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from pathlib import Path
 
 from stages.params import Train
@@ -14,7 +15,7 @@ COLUMNS = [
     "distinct_passages", "seconds_per_step", "seconds_per_batch", "questions_per_second", "tokens_per_second",
     "mfu", "host_wait", "gpu_utilization", "gpu_memory", "skipped_steps", "overflow_steps", "micro_batch",
     "context_encoder_gradient_norm", "refresh_wait", "cross_encoder_gradient_norm", "score_scale", "hybrid_weight",
-    "cross_weight", "temperature",
+    "cross_weight", "temperature", "questions_without_passages", "val_questions_without_passages",
 ]  # fmt: skip
 
 
@@ -54,19 +55,26 @@ class Curves:
 
 
 def summary(progress: Progress, settings: Train, keeps_best: bool) -> dict[str, float]:
-    """The numbers of metrics/train.json. The losses are those of the weights that are kept, at `kept_step`."""
+    """The numbers of metrics/train.json. The losses are those of the weights that are kept, at `kept_step`.
+
+    A loss that is not finite is absent.
+    """
     validated = [point for point in progress.history if "val_loss_per_sequence" in point]
     timed = [point for point in progress.history if "seconds_per_step" in point]
     kept = next(point for point in validated if point["step"] == progress.best_step) if keeps_best else validated[-1]
     seconds = progress.training_seconds
-    return {
+    losses = {
         "val_loss_per_sequence": kept["val_loss_per_sequence"],
         "val_loss_per_token": kept["val_loss_per_token"],
         "val_loss_before_training": validated[0]["val_loss_per_sequence"],
         "last_val_loss_per_sequence": validated[-1]["val_loss_per_sequence"],
+    }
+    return {name: loss for name, loss in losses.items() if math.isfinite(loss)} | {
         "kept_step": kept["step"],
         "steps": progress.step,
         "questions_seen": progress.questions_seen,
+        "questions_without_passages": progress.questions_without_passages,
+        "val_questions_without_passages": kept["val_questions_without_passages"],
         "batch_size": settings.batch_size,
         "gradient_accumulation_steps": settings.gradient_accumulation_steps,
         "seconds_per_step": seconds / progress.step,

@@ -21,6 +21,7 @@ SUMS = (
     "scored_tokens",
     "questions",
     "forwards",
+    "without_passages",
 )  # of a Window
 
 
@@ -31,6 +32,7 @@ class Progress:
     step: int = 0
     updates_taken: int = 0
     questions_seen: int = 0
+    questions_without_passages: int = 0  # of those seen at logged points; answered from the question alone
     best_step: int = 0
     best_loss: float = float("inf")
     training_seconds: float = 0.0
@@ -53,6 +55,7 @@ class Window:
     distinct: torch.Tensor | float = 0.0
     target_tokens: torch.Tensor | float = 0.0
     scored_tokens: torch.Tensor | float = 0.0
+    without_passages: torch.Tensor | float = 0.0
     questions: int = 0
     forwards: int = 0
     steps: int = 0
@@ -84,6 +87,7 @@ class Window:
         self.scored_tokens += targets * output.rows.shape[1]
         self.prior_entropy += marginalization.normalized_entropy(output.log_prior).sum()
         self.distinct += distinct_share(output.rows)
+        self.without_passages += (output.rows < 0).all(1).sum()
         self.questions += len(batch.targets)
         self.forwards += 1
 

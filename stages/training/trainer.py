@@ -137,6 +137,10 @@ class Trainer:
                 self._interrupt(stop)
         bar.close()
         self.skips.settle(progress)
+        if progress.best_loss == math.inf:
+            if self.recipe.checkpoints == "best":
+                self._say("no validation loss was finite: the last weights are kept in place of the best")
+            self._take_as_best(math.inf)
         self.rag.eval()
         self.keeper.finish(progress)
         if stop := ranks.most(asked_to_stop() or 0):
@@ -268,12 +272,14 @@ class Trainer:
             **{name: float(norm) for name, norm in norms.items()},
             "prior_entropy": float(sums["prior_entropy"]) / sums["questions"],
             "distinct_passages": float(sums["distinct"]) / sums["forwards"],
+            "questions_without_passages": int(sums["without_passages"]),
         }
         seconds = time.perf_counter() - window.started  # read after the values above have waited for the device
         flop = training_flop(
             self.sizes, *(float(sums[kind]) for kind in ("question_tokens", "context_tokens", "scored_tokens"))
         )
         self.progress.training_seconds += seconds
+        self.progress.questions_without_passages += int(sums["without_passages"])
         return values | {
             "seconds_per_step": seconds / window.steps,
             "seconds_per_batch": seconds / max(1, window.forwards),  # this rank's
@@ -288,11 +294,19 @@ class Trainer:
         losses = validation_loss(
             self.rag, validation, self.recipe.marginalization, max(VALIDATION_BATCH, self.settings.batch_size)
         )
-        if losses["val_loss_per_sequence"] < self.progress.best_loss:
-            self.progress.best_loss = losses["val_loss_per_sequence"]
-            self.progress.best_step = self.progress.step
-            self.keeper.save_best(self.progress.step)
+        loss = losses["val_loss_per_sequence"]
+        if not math.isfinite(loss):
+            self._say(
+                f"validation loss {loss} at step {self.progress.step}: these weights are not taken for the best; training "
+                "goes on, look at the learning rate, the precision and the validation questions"
+            )
+        elif loss < self.progress.best_loss:
+            self._take_as_best(loss)
         return losses
+
+    def _take_as_best(self, loss: float) -> None:
+        self.progress.best_loss, self.progress.best_step = loss, self.progress.step
+        self.keeper.save_best(self.progress.step)
 
     def _point(self, point: dict, on_point: Callable[[dict], None]) -> None:
         self.progress.history.append(point)

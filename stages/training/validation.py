@@ -17,6 +17,7 @@ def validation_loss(
     """Mean NLL of the validation answers, without label smoothing, per sequence and per answer token, in nats.
 
     A recipe that averages is measured by the RAG-Sequence marginal too: one yardstick for recipes to be compared by.
+    `val_questions_without_passages` counts those for which nothing was found, answered from the question alone.
     Every rank takes its share of the answers and returns the same sums; with FSDP equally many, some for nothing.
     """
     measured = "token" if marginal == "token" else "sequence"
@@ -27,16 +28,19 @@ def validation_loss(
     counted = len(mine)
     mine += [0] * fsdp.missing_passes(rag, counted)
 
-    def loss(places: list[int]) -> float:
+    def sums(places: list[int]) -> list[float]:
         output = rag(rag.batch(validation, [mine[place] for place in places]), marginal=measured)
-        return output.nll[: max(0, counted - places[0])].double().sum().item()
+        real = slice(max(0, counted - places[0]))
+        nothing_found = (output.rows[real] < 0).all(1).sum()
+        return torch.stack([output.nll[real].double().sum(), nothing_found.double()]).tolist()
 
     with torch.no_grad():
-        total = sum(in_batches(len(mine), batch_size, loss, halve=not fsdp.is_sharded(rag)))
+        parts = list(in_batches(len(mine), batch_size, sums, halve=not fsdp.is_sharded(rag)))
     rag.index.finish_searches()
-    total = ranks.summed({"nll": total})["nll"]
+    total = ranks.summed({"nll": sum(nll for nll, _ in parts), "nothing_found": sum(count for _, count in parts)})
     rag.train(was_training)
     return {
-        "val_loss_per_sequence": total / len(validation),
-        "val_loss_per_token": total / int(validation.target_mask.sum()),
+        "val_loss_per_sequence": total["nll"] / len(validation),
+        "val_loss_per_token": total["nll"] / int(validation.target_mask.sum()),
+        "val_questions_without_passages": int(total["nothing_found"]),
     }

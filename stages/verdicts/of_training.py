@@ -1,5 +1,7 @@
 """Verdicts on a training: does the loss fall, does retrieval hold, is the machine used."""
 
+import math
+
 from stages.params import Signs
 from stages.verdicts.sign import Sign, Verdicts
 
@@ -7,13 +9,15 @@ from stages.verdicts.sign import Sign, Verdicts
 def training_signs(history: list[dict], metrics: dict[str, float], limits: Signs, on_gpu: bool) -> Verdicts:
     """Verdicts from a training's logged points and its summary."""
     last = [point for point in history if "prior_entropy" in point][-1]
-    before, after = metrics["val_loss_before_training"], metrics["val_loss_per_sequence"]
+    before, after = (metrics.get(name, math.nan) for name in ("val_loss_before_training", "val_loss_per_sequence"))
     drop = (before - after) / before
+    # Not finite before training: no drop to tell of. Not finite after it: bad, whatever it was before.
+    fell = None if math.isnan(before) and not math.isnan(after) else drop >= limits.val_loss_drop
+    change = f" ({100 * drop:.0f} % less; at least {100 * limits.val_loss_drop:.0f} %)" if not math.isnan(drop) else ""
     batch = metrics["seconds_per_batch"]
     signs = [
         Sign(
-            "val_loss", drop >= limits.val_loss_drop,
-            f"validation loss {before:.3f} -> {after:.3f} ({100 * drop:.0f} % less; at least {100 * limits.val_loss_drop:.0f} %)",
+            "val_loss", fell, f"validation loss {before:.3f} -> {after:.3f}{change}",
             "the loss is not falling: try train.learning_rate 1e-5 or 5e-5 (large models), more steps, or the recipe `new`",
         ),
         Sign(
@@ -33,6 +37,14 @@ def training_signs(history: list[dict], metrics: dict[str, float], limits: Signs
             "the prior is flat, scores do not tell passages apart: raise retriever.steps; check the question encoder's gradient",
         ),
     ]  # fmt: skip
+    if count := metrics.get("questions_without_passages", 0) + metrics.get("val_questions_without_passages", 0):
+        signs.append(
+            Sign(
+                "finds_passages", False,
+                f"{count} times training and validation found no passage and went on from the question alone",
+                "raise index.nprobe or index.ef_search, or take index.factory: Flat",
+            )
+        )  # fmt: skip
     measured = [point for point in history if "gpu_utilization" in point]
     utilization = sum(point["gpu_utilization"] for point in measured) / len(measured) if measured else None
     memory = max(point["gpu_memory"] for point in measured) if measured else None

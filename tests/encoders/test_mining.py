@@ -9,6 +9,7 @@ from stages.corpus.answers import contains_answer
 from stages.corpus.token_store import TokenStore
 from stages.encoders import mining
 from stages.encoders.mining import HardNegatives, best_hits, tokenize_passages, without_answers
+from stages.encoders.own_passages import OwnPassages
 from tests.tiny_rag import QUESTIONS, TEXTS, TITLES, tiny_rag
 
 PASSAGES = Dataset.from_dict({"id": [f"p{i}" for i in range(len(TITLES))], "title": TITLES, "text": TEXTS})
@@ -66,14 +67,16 @@ def texts(*contents: str) -> Dataset:
 def test_every_positive_and_every_passage_with_an_answer_is_dropped():
     passages = texts("one", "It is The U.S., of course", "two", "usable", "three", "four")
     hits = torch.tensor([[3, 1, 0, 5, 4], [0, 1, 2, 3, 4], [5, 4, 3, 2, 1]])
-    answers = [["us"], ["nowhere", "T1", "two"], ["the"]]  # the last is empty when normalised: it stands nowhere
-    pool = without_answers(hits, answers, [["p0", "p4"], [], ["p2"]], passages)
+    answers = [["u.s."], ["nowhere", "T1", "two"], ["\u200b"]]  # the last has no word: it stands nowhere
+    own = OwnPassages([[0, 4], [], [2]], TokenStore.from_rows([[row] for row in range(6)]))
+    pool = without_answers(hits, answers, own, passages)
     assert pool.tolist() == [[3, 5, -1, -1, -1], [0, 3, 4, -1, -1], [5, 4, 3, 1, -1]]
 
 
 def test_the_best_are_passed_over_only_among_negatives():
     hits = torch.tensor([[0, 1, 2, 3]])
-    pool = without_answers(hits, [["one"]], [["p1"]], texts("one", "two", "three", "four"), skip=1)
+    own = OwnPassages([[1]], TokenStore.from_rows([[row] for row in range(4)]))
+    pool = without_answers(hits, [["one"]], own, texts("one", "two", "three", "four"), skip=1)
     assert pool.tolist() == [[3, -1, -1, -1]]
 
 
@@ -82,7 +85,8 @@ def test_an_answer_stands_in_a_passage_where_scoring_says_so():
     words = ["the", "U.S.", "us", "An", "apple", "applesauce", "New", "York", "10", "10,000"]
     passages = texts(*(" ".join(numbers.choice(words, 6)) for _ in range(30)))
     answers = [[" ".join(numbers.choice(words, n)) for n in (1, 2)] for _ in range(40)]
-    pool = without_answers(torch.arange(30).repeat(40, 1), answers, [[]] * 40, passages)
+    own = OwnPassages([[]] * 40, TokenStore.from_rows([[row] for row in range(30)]))
+    pool = without_answers(torch.arange(30).repeat(40, 1), answers, own, passages)
     for kept, gold in zip(pool.tolist(), answers, strict=True):
         read = [f"{row['title']} {row['text']}" for row in passages]
         assert [row for row in kept if row >= 0] == [
@@ -107,3 +111,9 @@ def test_draws_follow_the_seed_differ_from_step_to_step_and_reach_the_whole_pool
 
     assert draws(1) == draws(1) != draws(2)
     assert {row for step in draws(1) for row in step} == set(range(60))
+
+
+def test_a_copy_of_an_own_passage_is_no_negative():
+    own = OwnPassages([[1]], TokenStore.from_rows([[5], [6], [6], [7]]))
+    pool = without_answers(torch.tensor([[0, 1, 2, 3]]), [["x"]], own, texts("one", "two", "two", "four"))
+    assert pool.tolist() == [[0, 3, -1, -1]]

@@ -6,9 +6,12 @@ from datasets import Dataset
 
 from stages.compute.precision import cast_weights, generator_dtype
 from stages.corpus.arrow import gold_rows
+from stages.evaluate import summary
 from stages.evaluation.answering import answer, evaluate, retrieve
 from stages.generation import marginalization
-from stages.params import Evaluate
+from stages.params import Evaluate, load_params
+from stages.verdicts.of_evaluation import evaluation_signs
+from tests.rag.test_model import lose
 from tests.tiny_rag import ANSWERS, QUESTIONS, TEXTS, TITLES, tiny_rag
 
 SETTINGS = Evaluate(split="test", num_samples=None, decoding="thorough", num_beams=2, batch_size=4, precision="fp32")
@@ -39,6 +42,51 @@ def test_the_lines_of_a_small_evaluation():
         assert [passage["id"] for passage in row["passages"]] == [f"p{i}" for i in given]
         assert sum(passage["prior"] for passage in row["passages"]) == pytest.approx(1, abs=1e-4)
     assert all(isinstance(value, int | float) for value in metrics.values())
+
+
+def test_what_needs_a_gold_passage_is_measured_over_the_questions_that_name_one():
+    metrics, predictions = run(tiny_rag())
+    alone = evaluate(tiny_rag(), ASKED.select(range(7)), PASSAGES, GOLD_ROWS[:7], SETTINGS, "sequence")[0]
+    assert metrics["closed_book_f1_of_oracle_questions"] == pytest.approx(alone["closed_book_f1"])
+    assert metrics["oracle_f1"] == pytest.approx(alone["oracle_f1"])
+    assert alone["closed_book_f1_of_oracle_questions"] == alone["closed_book_f1"]
+
+
+def test_without_gold_passages_there_are_no_such_metrics_and_nothing_is_decoded_for_them(monkeypatch):
+    decoded = []
+
+    def watched(*arguments):
+        decoded.append(arguments[6])
+        return answer(*arguments)
+
+    monkeypatch.setattr("stages.evaluation.answering.answer", watched)
+    metrics, _ = evaluate(tiny_rag(), ASKED, PASSAGES, [[]] * 9, SETTINGS, "sequence")
+    assert decoded == ["answer", "closed book"]
+    assert not [name for name in metrics if name.startswith(("recall", "oracle")) or "of_oracle" in name]
+    assert {"em", "f1", "answer_recall_at_5", "closed_book_em"} <= metrics.keys()
+    assert metrics["questions_with_gold_passage"] == 0
+    assert evaluation_signs(metrics, load_params().signs).tags["sign.reads_passages"] == "n/a"
+    assert "answer recall@5" in summary(metrics, "test") and "gold passage" not in summary(metrics, "test")
+    named = evaluate(tiny_rag(), ASKED, PASSAGES, GOLD_ROWS, SETTINGS, "sequence")[0]
+    assert decoded[2:] == ["answer", "closed book", "gold passage"]
+    assert ", recall@5" in summary(named, "test") and "gold passage given: EM" in summary(named, "test")
+
+
+@pytest.mark.parametrize("marginal", ["sequence", "token"])
+@pytest.mark.parametrize("decoding", ["thorough", "fast"])
+def test_a_question_without_passages_gets_its_closed_book_answer_and_is_counted(marginal, decoding):
+    rag = tiny_rag()
+    lose(rag)
+    settings = SETTINGS.model_copy(update={"batch_size": 9, "decoding": decoding})
+    metrics, predictions = evaluate(rag, ASKED, PASSAGES, GOLD_ROWS, settings, marginal)
+    assert metrics["questions_without_passages"] == 1
+    assert predictions[0]["passages"] == [] and len(predictions[1]["passages"]) == 3
+    examples = rag.examples(QUESTIONS[:1], ANSWERS[:1])
+    none = torch.zeros(1, 1)
+    [closed] = answer(rag, examples, none.long() - 1, none, settings, marginal, "")
+    assert predictions[0]["prediction"] == closed.text
+    assert predictions[0]["log_prob"] == pytest.approx(closed.log_prob, abs=1e-4)
+    assert evaluation_signs(metrics, load_params().signs).tags["sign.finds_passages"] == "bad"
 
 
 def test_batching_changes_no_prediction():

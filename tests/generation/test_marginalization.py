@@ -137,3 +137,22 @@ def test_entropy_is_a_share_of_its_maximum():
     prior = m.log_prior(torch.tensor([[0.0, 0, 0, 0], [50, 0, 0, 0], [3, 3, float("-inf"), float("-inf")]]))
     assert m.normalized_entropy(prior).tolist() == pytest.approx([1.0, 0.0, 0.5], abs=1e-4)
     assert torch.isfinite(m.normalized_entropy(m.log_prior(torch.zeros(2, 1)))).all()
+
+
+def test_a_question_for_which_nothing_was_found_is_answered_from_itself_alone_and_teaches_the_retriever_nothing():
+    """The first context is the question alone and has all of the prior; the other question is as it was."""
+    found = torch.tensor([0.5, -math.inf, 1.5])
+    scores = torch.stack([torch.full((3,), -math.inf), found]).requires_grad_()
+    prior = m.log_prior(scores)
+    assert prior[0].tolist() == [0.0, -math.inf, -math.inf]
+    assert torch.equal(prior[1], found.log_softmax(-1))
+    token_lp = torch.randn(2, 3, 4).sub(3).requires_grad_()
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    for name, nll in m.NLL.items():
+        losses = nll(m.log_prior(scores), token_lp, mask)
+        assert losses[0].item() == pytest.approx(-token_lp[0, 0].sum().item(), rel=1e-5), name
+        of_scores, of_tokens = torch.autograd.grad(losses.sum(), (scores, token_lp), allow_unused=name == "average")
+        assert of_scores is None or (torch.isfinite(of_scores).all() and not of_scores[0].any()), name
+        assert torch.isfinite(of_tokens).all() and of_tokens[0, 0].all() and not of_tokens[0, 1:].any(), name
+    assert m.posterior(prior, token_lp, mask)[0].tolist() == [1.0, 0.0, 0.0]
+    assert m.normalized_entropy(prior)[0].item() == 0.0

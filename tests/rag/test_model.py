@@ -169,3 +169,35 @@ def test_a_bert_like_question_encoder_makes_the_checkpoint_two_folders(tmp_path)
         encoder, generator, rag.index, rag.passages, 3, rag.lengths, torch.device("cpu"), PriorWeights(Weights(20.0))
     )
     assert torch.equal(losses(again), losses(rag))
+
+
+def lose(rag, place: int = 0) -> None:
+    """From now on the search finds nothing for the question at this place of every batch, as IVF does in an empty list."""
+    search = rag.index.search
+
+    def finds_less(vectors, depth):
+        rows = search(vectors, depth).clone()
+        rows[place] = -1
+        return rows
+
+    rag.index.search = finds_less
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("marginal", ["sequence", "token", "average"])
+def test_a_question_without_passages_costs_what_its_answer_costs_under_the_question_alone(marginal, packed):
+    rag = tiny_rag()
+    if not packed:
+        rag.packed = None
+    batch = rag.batch(rag.examples(QUESTIONS, ANSWERS), [2, 5])
+    alone = rag.contexts(batch, torch.full((2, 1), -1))
+    expected = -rag.token_log_probs(batch, *alone)[0, 0][batch.target_mask[0]].sum().item()
+    usual = rag(batch, marginal=marginal)
+    lose(rag)
+    output = rag(batch, marginal=marginal)
+    assert output.nll[0].item() == pytest.approx(expected, abs=1e-4)
+    assert output.nll[1].item() == pytest.approx(usual.nll[1].item(), abs=1e-4)
+    output.nll[0].backward()
+    assert not any(p.grad is not None and p.grad.any() for p in rag.question_encoder.parameters())
+    grads = [p.grad for p in rag.generator_model.parameters() if p.grad is not None]
+    assert all(torch.isfinite(grad).all() for grad in grads) and any(grad.any() for grad in grads)

@@ -1,6 +1,7 @@
 """The loop: equal updates however a step is cut up, the old recipe's defects one by one, kills that cost nothing."""
 
 import copy
+import json
 import signal
 import threading
 
@@ -9,11 +10,15 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from stages.machine.signals import Interrupted
+from stages.params import load_params
 from stages.storage.checkpoints import Checkpoints
 from stages.training import recipes
+from stages.training.curves import summary
 from stages.training.optimizer import make_optimizer
 from stages.training.trainer import Trainer
 from stages.training.validation import validation_loss
+from stages.verdicts.of_training import training_signs
+from tests.rag.test_model import lose
 from tests.tiny_rag import ANSWERS, NEW, OLD, QUESTIONS, SETTINGS, tiny_rag
 
 
@@ -280,3 +285,76 @@ def test_a_disk_that_fails_behind_the_steps_stops_the_training(tmp_path, monkeyp
     monkeypatch.setattr(Checkpoints, "save", full)
     with pytest.raises(OSError, match="No space left"):
         run(NEW, tmp_path, max_steps=3, save_steps=1)
+
+
+def test_questions_without_passages_are_trained_on_counted_and_skip_no_step():
+    rag = tiny_rag()
+    lose(rag)
+    trainer = run(rag=rag)
+    assert trainer.progress.skipped_steps == 0
+    points = [point for point in trainer.progress.history if "train_loss_per_sequence" in point]
+    # Steps of two forward passes, each of which loses its first question; at the epoch's end of a single one.
+    assert points[0]["questions_without_passages"] == 2
+    assert trainer.progress.questions_without_passages == sum(p["questions_without_passages"] for p in points)
+    assert all(torch.isfinite(torch.tensor(point["train_loss_per_sequence"])) for point in points)
+    metrics = summary(trainer.progress, trainer.settings, keeps_best=True)
+    assert metrics["questions_without_passages"] == trainer.progress.questions_without_passages > 0
+    assert metrics["val_questions_without_passages"] == 1  # of nine validated together
+    assert metrics["val_loss_per_sequence"] > 0
+
+
+def validated_as(monkeypatch, *losses: float) -> None:
+    """The validations of a training come out with these losses, one after the other."""
+    waiting = iter(losses)
+
+    def known(*_):
+        return {
+            "val_loss_per_sequence": (loss := next(waiting)), "val_loss_per_token": loss,
+            "val_questions_without_passages": 0,
+        }  # fmt: skip
+
+    monkeypatch.setattr("stages.training.trainer.validation_loss", known)
+
+
+NAN = float("nan")
+
+
+def test_a_training_whose_validation_is_never_finite_keeps_its_last_weights(monkeypatch, tmp_path, capsys):
+    validated_as(monkeypatch, NAN, NAN, NAN)
+    trainer = run(folder=tmp_path / "nan")
+    said = capsys.readouterr().out
+    assert said.count("validation loss nan at step") == 3 and said.count("the last weights are kept") == 1
+    assert trainer.progress.best_step == trainer.progress.step == 4
+    kept, _ = trainer.checkpoints.finished()
+    for name, value in kept.items():
+        assert torch.equal(value, trainer.rag.state_dict()[name]), name
+    metrics = summary(trainer.progress, trainer.settings, keeps_best=True)
+    assert metrics["kept_step"] == 4 and not [name for name in metrics if name.startswith("val_loss")]
+    assert "nan" not in json.dumps(metrics).lower()
+    verdicts = training_signs(trainer.progress.history, metrics, load_params().signs, on_gpu=False)
+    assert verdicts.tags["sign.val_loss"] == "bad" and "nan" in verdicts.text
+
+
+def test_the_best_is_the_best_of_the_finite_losses(monkeypatch, tmp_path):
+    validated_as(monkeypatch, NAN, 5.0, NAN)
+    trainer = run(folder=tmp_path)
+    assert (trainer.progress.best_step, trainer.progress.best_loss) == (2, 5.0)
+    assert summary(trainer.progress, trainer.settings, keeps_best=True)["val_loss_per_sequence"] == 5.0
+
+
+def test_a_training_without_a_finite_validation_goes_on_from_its_checkpoints(monkeypatch, tmp_path):
+    validated_as(monkeypatch, NAN, NAN, NAN)
+    uninterrupted = run(folder=tmp_path / "whole")
+    validated_as(monkeypatch, NAN, NAN, NAN, NAN)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(point):
+        if point["step"] == 3:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run(folder=tmp_path / "killed", on_point=stop)
+    assert Checkpoints(tmp_path / "killed", 2).latest() is not None
+    assert_same_weights(uninterrupted, run(folder=tmp_path / "killed"), 0)

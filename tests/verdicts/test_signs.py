@@ -42,7 +42,23 @@ def test_a_cpu_has_no_verdict_on_speed_and_gpu():
 
 
 def test_evaluation():
-    good = evaluation_signs({"em": 40.0, "oracle_em": 60.0, "closed_book_em": 5.0}, LIMITS)
+    good = evaluation_signs({"em": 40.0, "oracle_em": 60.0, "closed_book_em_of_oracle_questions": 5.0}, LIMITS)
     assert all(sign.good for sign in good.signs)
-    bad = evaluation_signs({"em": 4.8, "oracle_em": 5.0, "closed_book_em": 5.0}, LIMITS)
+    bad = evaluation_signs({"em": 4.8, "oracle_em": 5.0, "closed_book_em_of_oracle_questions": 5.0}, LIMITS)
     assert [sign.good for sign in bad.signs] == [False, False] and "4.8" in bad.text
+
+
+def test_reading_is_judged_on_the_same_questions_and_not_at_all_where_no_gold_passage_is_known():
+    """Closed book is easy on the questions that name no passage: of them the verdict must not speak."""
+    metrics = {"em": 40.0, "oracle_em": 20.0, "closed_book_em": 30.0, "closed_book_em_of_oracle_questions": 10.0}
+    assert evaluation_signs(metrics, LIMITS).tags["sign.reads_passages"] == "good"
+    unknown = evaluation_signs({"em": 4.0, "closed_book_em": 30.0, "answer_recall_at_5": 50.0}, LIMITS)
+    assert unknown.tags["sign.reads_passages"] == "n/a" and "ignores" not in unknown.text
+    assert "answer_recall_at_5" in unknown.text and "oracle_em" not in unknown.text
+
+
+def test_a_validation_loss_that_is_not_finite_is_bad_at_the_end_and_unknown_at_the_start():
+    known = {name: value for name, value in METRICS.items() if name != "val_loss_before_training"}
+    assert training_signs([POINT], known, LIMITS, False).tags["sign.val_loss"] == "n/a"
+    del known["val_loss_per_sequence"]
+    assert training_signs([POINT], known, LIMITS, False).tags["sign.val_loss"] == "bad"

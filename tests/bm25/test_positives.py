@@ -1,7 +1,6 @@
 """Positives are hits that contain an answer."""
 
 from datasets import Dataset
-
 from stages.reading.positives import find_positives, lacking
 
 

@@ -1,0 +1,56 @@
+"""Stage 1c: positives for the questions that name none, where a warm-up, of the retriever or of the reranker, is to read them.
+
+    python -m stages.positives                      # reads data/prepared, writes data/positives
+    dvc exp run -S data.positives.depth=100         # look further down
+
+The best BM25 hit that contains an answer is taken. Test questions keep what they came with, and so does evaluation on any
+split: recall and the oracle line are measured on passages that were given, never on what a search found.
+"""
+
+from pathlib import Path
+
+from stages.machine.entry import run
+from stages.machine.stage_params import stage_params
+
+PREPARED, POSITIVES = Path("data/prepared"), Path("data/positives")
+SPLITS = ("train", "validation")
+
+
+def main() -> None:
+    params = stage_params("positives")
+    from stages.corpus.arrow import FOUND, read_rows, replacing, write_rows
+
+    settings, retriever = params.data.positives, params.retriever
+    reranker_learns = params.models.reranker and retriever.reranker.steps
+    wanted = settings.depth and (retriever.steps or retriever.hard_negatives.count or reranker_learns)
+    with replacing(POSITIVES) as (folder,):
+        for split in SPLITS:
+            rows = search(split, settings, params.runtime) if wanted else []
+            write_rows(folder / f"{split}.arrow", FOUND, rows)
+    if not wanted:
+        print("no positives are searched for: no warm-up reads them, or data.positives.depth is 0")
+    else:
+        counts = ", ".join(f"{len(read_rows(POSITIVES / f'{split}.arrow'))} {split}" for split in SPLITS)
+        print(f"questions with a positive by answer: {counts}")
+
+
+def search(split: str, settings, runtime) -> list[dict]:
+    """{question, passage} rows of the questions that get a positive, at most settings.questions of them searched for."""
+    from stages.bm25.positives import find_positives
+    from stages.corpus.arrow import read_rows
+    from stages.machine.devices import free_cores
+
+    questions = read_rows(PREPARED / f"{split}.arrow")
+    lacking = [row for row, named in enumerate(questions["positive_ids"]) if not named][: settings.questions]
+    if not lacking:
+        return []
+    passages, chosen = read_rows(PREPARED / "passages.arrow"), questions.select(lacking)
+    processes = runtime.threads or free_cores()
+    found = find_positives(
+        passages, list(chosen["question"]), list(chosen["answers"]), settings.depth, processes
+    ).tolist()
+    return [{"question": row, "passage": hit} for row, hit in zip(lacking, found, strict=True) if hit >= 0]
+
+
+if __name__ == "__main__":
+    run(main)
