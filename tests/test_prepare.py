@@ -58,12 +58,11 @@ def test_old_files_need_no_mapping(project):
     rows = project(source="files", files=files, shares={"test": 0.2})
     assert [len(rows[name]) for name in (*SPLITS, "passages")] == [8, 1, 2, 40]
     assert rows["validation"][0] == {
-        "id": "validation-000001", "question": "Where is tower number1?", "answers": ["Paris"], "positive_ids": ["2"],
+        "id": "validation-000001", "question": "Where is tower number1?", "answers": ["Paris"], "positive_ids": [],
     }  # fmt: skip
     assert rows["passages"][0] == {"id": "1", "title": "Tower 0", "text": "Tower number0 stands in Oslo."}
-    number = {row["id"]: row["question"] for row in rows["train"]}
-    assert all(f"number{int(row['positive_ids'][0]) - 1}?" in number[row["id"]] for row in rows["train"])
-    assert all(row["positive_ids"] == [] for row in rows["test"])
+    # What is found by answer is the warm-up's (stages/positives.py): here and in evaluation none counts as given.
+    assert all(row["positive_ids"] == [] for split in SPLITS for row in rows[split])
 
 
 def test_dpr_s_passages_and_question_tables(project):
@@ -95,14 +94,6 @@ def test_the_same_data_and_seed_are_the_same_bytes(project):
         written = sorted(file for folder in ("prepared", "tokens") for file in Path("data", folder).iterdir())
         digests.append([hashlib.sha256(file.read_bytes()).hexdigest() for file in written])
     assert digests[0] == digests[1] and len(digests[0]) == 8  # four Arrow files, two arrays, two manifests
-
-
-def test_a_depth_of_zero_searches_for_nothing(project):
-    write_jsonl("train.jsonl", [{"question": f"Where is tower number{i}?", "answer": "Oslo"} for i in range(40)])
-    write_jsonl("passages.jsonl", towers(40))
-    files = {"train": "train.jsonl", "passages": "passages.jsonl"}
-    rows = project(source="files", files=files, positives={"depth": 0})
-    assert not any(row["positive_ids"] for split in SPLITS for row in rows[split])
 
 
 def test_the_sample_is_what_is_rendered(project):

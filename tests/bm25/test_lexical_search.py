@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
+from stages import lexical
 from stages.bm25 import lexical_search
 from stages.bm25.lexical_search import search, shards_of, words_of
+from stages.corpus.arrow import PASSAGES, QUESTIONS, write_rows
 
 WORDS = [f"word{i}" for i in range(60)]
 
@@ -118,3 +120,12 @@ def test_a_jax_that_is_installed_stays_off_the_gpu(tmp_path):
         check=True,
     )
     assert "jax on cpu" in done.stdout
+
+
+def test_recall_is_absent_where_no_test_question_names_a_passage(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "data/prepared/passages.arrow", PASSAGES, [{"id": "a", "title": "", "text": "a tower"}])
+    for split in ("train", "validation", "test"):
+        row = {"id": "q", "question": "Which tower?", "answers": ["x"], "positive_ids": []}
+        write_rows(tmp_path / f"data/prepared/{split}.arrow", QUESTIONS, [row])
+    assert lexical.find_hits(tmp_path, 1, 1) == {}

@@ -1,9 +1,15 @@
 """EM, F1 and recall on known edge cases, and against torchmetrics' SQuAD."""
 
-import pytest
+import unicodedata
 
-from stages.corpus.answers import contains_answer, normalize_answer
-from stages.corpus.recall import recall_at
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.corpus import answers as answers_module
+from stages.corpus.answers import contains_answer, hits_with_answers, normalize_answer
+from stages.corpus.recall import recall_at, recalls
 from stages.evaluation.scoring import exact_match, f1
 
 
@@ -66,6 +72,81 @@ def test_an_answer_is_found_as_whole_words():
     assert not contains_answer("1931", ["193"]) and not contains_answer("anything", ["the"])
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("London's mayor opened it.", "London"), ("The war of 1914-1918.", "1918"), ("Spider-Man returns", "Spider"),
+        ("Jackson's “Thriller” sold well.", "Thriller"), ("“Thriller” sold well.", "thriller"), ("in the U.S. army", "U.S."),
+        ("a café in Paris", "cafe\u0301"), ("by The Who, in 1969", "The Who"), ("$5,000 a year", "5,000"),
+        ("a\u00a0blank that is none\u2003at all", "blank that is none at all"),
+    ],
+)  # fmt: skip
+def test_an_answer_is_found_between_punctuation(text, answer):
+    assert contains_answer(text, ["nowhere", answer])
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("They told us so.", "U.S."), ("people who came", "The Who"), ("a cafe in Paris", "café"), ("Londoners", "London"),
+        ("5 000 a year", "5,000"), ("19 18", "1918"), ("one two", "two one"), ("anything", " \u200b"), ("", "a"),
+    ],
+)  # fmt: skip
+def test_an_answer_is_not_found_in_other_words(text, answer):
+    assert not contains_answer(text, [answer])
+
+
+def has_answer(text: str, answers: list[str]) -> bool:
+    """DPR's, written out: the tokens of an answer stand in the text's, one after the other."""
+
+    def tokens(text: str) -> list[str]:
+        found, word = [], ""
+        for letter in unicodedata.normalize("NFD", text):
+            kind = unicodedata.category(letter)[0]
+            if kind in "LNM":
+                word += letter
+                continue
+            found += [word] if word else []
+            word = ""
+            found += [letter] if kind not in "ZC" else []
+        return [token.lower() for token in [*found, *([word] if word else [])]]
+
+    read = tokens(text)
+    golds = [gold for answer in answers if (gold := tokens(answer))]
+    return any(read[at : at + len(gold)] == gold for gold in golds for at in range(len(read)))
+
+
+@given(
+    st.lists(
+        st.sampled_from(["the", "Who", "U.S.", "us", "é", "e\u0301", "İ", "ΟΔΟΣ", "Σ", "'s", "-", "1,0", "\n", "中"])
+    ),
+    st.lists(st.sampled_from(["who", "U.S.", "é", "ΟΔΟΣ", "'", "s", "1", "中", "Σ'", " "]), max_size=3),
+    st.sampled_from(["", " "]),
+)
+@settings(max_examples=300, deadline=None)
+def test_it_is_dprs_has_answer(text, answer, between):
+    text, answer = between.join(text), between.join(answer)
+    assert contains_answer(text, [answer]) == has_answer(text, [answer])
+
+
+def test_hits_are_flagged_as_one_by_one_whatever_is_read_at_once(monkeypatch):
+    passages = Dataset.from_list([{"title": f"T{i}", "text": f"number {i}'s"} for i in range(9)])
+    hits = [[(i * 5 + j * 7) % 9 if j < 3 else -1 for j in range(4)] for i in range(20)]
+    answers = [[str(i % 9), "T3"] for i in range(20)]
+    expected = [
+        [row >= 0 and contains_answer(f"T{row} number {row}'s", gold) for row in rows]
+        for rows, gold in zip(hits, answers, strict=True)
+    ]
+    for at_once in (1, 10, 1000):
+        monkeypatch.setattr(answers_module, "HITS_A_READ", at_once)
+        assert list(hits_with_answers(passages, hits, answers)) == expected
+    assert any(map(any, expected)) and list(hits_with_answers(passages, [], [])) == []
+
+
 def test_recall():
     hits = [[False, True, False], [True, False, False], [False, False, False]]
     assert [recall_at(hits, k) for k in (1, 2, 3)] == pytest.approx([100 / 3, 200 / 3, 200 / 3])
+
+
+def test_a_recall_of_no_question_is_absent_and_not_0():
+    assert recalls([], (1, 5)) == {} and recalls([[False]], (1,), "answer_") == {"answer_recall_at_1": 0.0}

@@ -184,7 +184,6 @@ UNUSABLE = {
     "answers is true": ("train", QUESTION | {"answers": True}, "answers is bool"),
     "an answer is a list": ("train", QUESTION | {"answers": [["a"]]}, "answer is list, not text"),
     "answer too long": ("train", QUESTION | {"answers": ["a" * 1001]}, "answer of 1,001 characters"),
-    "unknown positive id": ("train", QUESTION | {"positive_ids": ["p1", "p99"]}, "unknown positive id 'p99'"),
     "positive without an id": ("train", QUESTION | {"positive_ids": [{"title": "A"}]}, "a positive without passage_id"),
     "positive is a number in a list": ("train", QUESTION | {"positive_ids": [[1]]}, "id is list, not text"),
     "empty text": ("passages", PASSAGE | {"id": "x", "text": " "}, "empty text"),
@@ -265,6 +264,30 @@ def test_no_usable_validation_question(project):
     Path("validation.jsonl").write_bytes(lines(QUESTION | {"answers": []}))
     project({"files.validation": "validation.jsonl", "max_unusable": 1})
     assert "validation.jsonl:1: no answer; 1 of 1 rows cannot be used" in refused()
+
+
+def test_a_question_that_stays_usable_is_listed_and_counts_for_nothing(project, capsys):
+    Path("train.jsonl").write_bytes(questions(QUESTION | {"positive_ids": ["p1", "p99"]}))
+    project({"max_unusable": 0})
+    run(prepare.main)
+    [listed] = [json.loads(line) for line in Path("data/unusable.jsonl").read_text().splitlines()]
+    assert listed["line"] == 3 and listed["reason"].startswith("unknown positive id 'p99'")
+    assert "warning: train.jsonl:3: unknown positive id 'p99'; 1 questions are kept" in capsys.readouterr().out
+
+
+def test_the_same_file_under_two_spellings_is_named_twice(project):
+    Path("link.jsonl").symlink_to("train.jsonl")
+    for other in ("./train.jsonl", str(Path("train.jsonl").resolve()), "link.jsonl"):
+        project({"files.test": other})
+        assert f"data.files.test: {other} is the file of data.files.train too" in refused()
+
+
+def test_questions_trained_on_and_measured_on_are_counted(project, capsys):
+    Path("test.jsonl").write_bytes(lines(*(QUESTION | {"question": f"where is  NUMBER {i}"} for i in range(35, 50))))
+    project({"files.test": "test.jsonl", "shares.validation": 0.05})
+    run(prepare.main)
+    said = capsys.readouterr().out
+    assert re.search(r"warning: [345] of 15 test questions are train questions too, the first is test.jsonl:\d", said)
 
 
 def test_a_pipe_is_not_waited_for(project):

@@ -20,7 +20,7 @@ from stages.reading.rows import (
     read_questions,
     text_of,
 )
-from stages.reading.splits import split_questions
+from stages.reading.splits import leaks, split_questions
 from stages.reading.unusable_rows import Report
 
 SHIPPED = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))["data"]["fields"]
@@ -118,7 +118,33 @@ def test_unknown_positives_leave_the_question(report):
     questions = read_questions(table(*rows), fields(), "train", report)
     keep_known(questions, {"p1", "p2", "p3"}, report)
     assert [question["positive_ids"] for question in questions] == [["p1"], ["p1"], ["p1", "p2"], ["p1", "p3"]]
-    assert report.counts == {"rows.jsonl": 1}
+    assert not report.counts  # a question that is used is no unusable row
+    report.file.flush()
+    [listed] = [json.loads(line) for line in report.unfinished.read_text().splitlines()]
+    assert listed["line"] == 1 and listed["reason"] == "unknown positive id 'p0'; kept without it"
+
+
+def test_a_file_none_of_whose_positives_is_known_has_other_ids(report):
+    rows = [{"question": f"{i}?", "answers": "a", "positive_ids": [f"x{i}"]} for i in range(4)]
+    questions = read_questions(table(*rows), fields(), "train", report)
+    with pytest.raises(
+        ValueError, match="^rows.jsonl:1: unknown positive id 'x0'; of 4 questions .* data.fields.passage_id"
+    ):
+        keep_known(questions, {"p1"}, report)
+
+
+def test_questions_of_one_split_in_another_are_counted():
+    def split(*texts: str) -> list[dict]:
+        return [{"question": text, "file": "f", "line": line} for line, text in enumerate(texts, 1)]
+
+    questions = {
+        "train": split("Who is the mayor?", "Where is it?"), "validation": split("where  is it"),
+        "test": split("New?", "Who is mayor", "who is the MAYOR ?", "???"),
+    }  # fmt: skip
+    [of_validation, of_test] = leaks(questions)
+    assert of_validation.startswith("warning: 1 of 1 validation questions are train questions too, the first is f:1")
+    assert of_test.startswith("warning: 2 of 4 test questions are train questions too, the first is f:2")
+    assert leaks(questions | {"train": [], "validation": []}) == []
 
 
 def test_only_wanted_ids_are_kept_and_one_that_comes_twice_is_found():
