@@ -1,6 +1,6 @@
 """Stage 3c: a cross-encoder learns to rank what dense and lexical search find, where models.reranker names one.
 
-    python -m stages.reranker                       # reads data/prepared, positives, retriever, lexical, index; writes data/reranker
+    python -m stages.reranker                       # from data/prepared, positives, retriever, index, ...; writes data/reranker
     dvc exp run -S models.reranker=FOLDER           # the best retriever.n_docs of retriever.rerank_depth candidates are read
     dvc exp run -S retriever.reranker.steps=0       # a model that ranks already, as it is
 

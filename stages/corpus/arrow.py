@@ -96,7 +96,7 @@ def gold_rows(questions: "Dataset", passages: "Dataset") -> list[list[int]]:
     return [[position[name] for name in names if name in position] for names in named]
 
 
-def own_rows(questions: Dataset, found: Dataset, passages: Dataset) -> list[list[int]]:
+def own_rows(questions: "Dataset", found: "Dataset", passages: "Dataset") -> list[list[int]]:
     """What a warm-up reads: `gold_rows`, and for who names none the passage that was `found` by its answer, if any was."""
     by_answer = dict(zip(found["question"], found["passage"], strict=True))
     golds = gold_rows(questions, passages)

@@ -83,8 +83,9 @@ def without_answers(
     pool = torch.full_like(hits, -1)
     flagged = hits_with_answers(passages, hits.tolist(), answers)
     for question, flags in enumerate(tqdm(flagged, "look for answers", len(hits), unit=" questions")):
-        mine = own.among(torch.tensor([question]), hits[question])[0]
-        kept = hits[question][~(mine | torch.tensor(flags))][skip:]
+        found = hits[question]
+        mine = own.among(torch.tensor([question]), found)[0]
+        kept = found[(found >= 0) & ~mine & ~torch.tensor(flags)][skip:]
         pool[question, : len(kept)] = kept
     return pool
 

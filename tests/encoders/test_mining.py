@@ -115,5 +115,5 @@ def test_draws_follow_the_seed_differ_from_step_to_step_and_reach_the_whole_pool
 
 def test_a_copy_of_an_own_passage_is_no_negative():
     own = OwnPassages([[1]], TokenStore.from_rows([[5], [6], [6], [7]]))
-    pool = without_answers(torch.tensor([[0, 1, 2, 3]]), [["x"]], own, texts("one", "two", "two", "four"))
-    assert pool.tolist() == [[0, 3, -1, -1]]
+    pool = without_answers(torch.tensor([[0, 1, -1, 2, 3]]), [["x"]], own, texts("one", "two", "two", "four"))
+    assert pool.tolist() == [[0, 3, -1, -1, -1]]
