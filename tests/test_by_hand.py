@@ -19,7 +19,9 @@ from stages.storage.leftovers import FOLDER
 from tests.test_pipeline import ROOT, SMALL, merged, run
 
 pytestmark = pytest.mark.slow
-STAGES = ("inputs", "prepare", "tokens", "retriever", "lexical", "encode", "index", "train", "evaluate")
+STAGES = (
+    "inputs", "prepare", "tokens", "positives", "retriever", "lexical", "encode", "index", "reranker", "train", "evaluate",
+)  # fmt: skip
 
 
 def change(folder: Path, values: dict) -> None:

@@ -50,7 +50,7 @@ def scale_of(folder: Path, count: int, options: Namespace) -> dict:
     params["runtime"] |= {"device": options.device, "threads": options.threads}
     (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     results = {"index_bytes_per_passage": 0.0}
-    for stage in ("prepare", "tokens", "retriever", "encode", "index"):
+    for stage in ("prepare", "tokens", "positives", "retriever", "encode", "index"):
         results |= resources_of(stage, folder, root, count)
     results["index_bytes_per_passage"] = (folder / "data/index/index.faiss").stat().st_size / count
     return results

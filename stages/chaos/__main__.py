@@ -34,9 +34,10 @@ SMALL = {
     "train.eval_steps": 3, "train.save_steps": 4, "evaluate.num_beams": 2, "evaluate.batch_size": 4,
     "tracking.system_metrics_seconds": 0, "runtime.threads": 1, "runtime.device": "cpu",
 }  # fmt: skip
-STAGES = ("prepare", "tokens", "retriever", "lexical", "encode", "index", "reranker", "train", "evaluate")
+STAGES = ("prepare", "tokens", "positives", "retriever", "lexical", "encode", "index", "reranker", "train", "evaluate")
 OUTS = {
-    "prepare": ["data/prepared"], "tokens": ["data/tokens"], "retriever": ["data/retriever", "metrics/retriever.json"],
+    "prepare": ["data/prepared"], "tokens": ["data/tokens"], "positives": ["data/positives"],
+    "retriever": ["data/retriever", "metrics/retriever.json"],
     "lexical": ["data/lexical", "metrics/lexical.json"], "encode": ["data/vectors", "metrics/encode.json"],
     "index": ["data/index", "metrics/index.json"], "reranker": ["data/reranker", "metrics/reranker.json"],
     "train": ["data/model", "metrics/train.json", "metrics/curves.csv", ".checkpoints", ".tracking", "mlflow.db"],
