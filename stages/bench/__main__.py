@@ -5,6 +5,7 @@
     python -m stages.bench index                                   # passages encoded per second
     python -m stages.bench search                                  # exact search
     python -m stages.bench decode --against transformers           # thorough decoding, questions per second
+    python -m stages.bench decode --shapes smollm2                 # the same with a decoder-only generator
     python -m stages.bench scale --passages 10000 100000           # the real stages over synthetic passages
     python -m stages.bench scaling --plot scaling.svg              # 1, 2, 4 and 8 GPUs of this host
 
@@ -25,7 +26,7 @@ from stages.params import Runtime
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m stages.bench", description="Benchmarks on random weights.")
     made.add_argument("mode", choices=("train", "index", "search", "decode", "scale", "scaling"))
-    made.add_argument("--shapes", choices=("large", "smollm2", "tiny"), default="large")
+    made.add_argument("--shapes", choices=("large", "smollm2", "tiny", "tiny-llama"), default="large")
     made.add_argument("--against", choices=("transformers",), help="measure transformers' own path beside it")
     made.add_argument("--passages", type=int, nargs="+", default=[200_000], help="passages; scale takes several")
     made.add_argument("--questions", type=int, default=256, help="questions to decode")

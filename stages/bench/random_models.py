@@ -30,8 +30,9 @@ from stages.rag.model import Rag, open_rag
 from stages.search.passage_index import PassageIndex
 
 LENGTHS = Lengths(question_tokens=64, passage_tokens=280, context_tokens=300, answer_tokens=24)
-# "large": facebook/bart-large and facebook/dpr-*-single-nq-base; "tiny": the embedded sample's models; "smollm2":
-# HuggingFaceTB/SmolLM2-135M and sentence-transformers/all-MiniLM-L6-v2 (as a DPR model).
+# "large": facebook/bart-large and facebook/dpr-*-single-nq-base; "tiny": the embedded sample's models, "tiny-llama" with a
+# decoder-only generator of that size; "smollm2": HuggingFaceTB/SmolLM2-135M and sentence-transformers/all-MiniLM-L6-v2 (as
+# a DPR model).
 GENERATORS = {
     "large": BartConfig(
         vocab_size=50265, d_model=1024, encoder_layers=12, decoder_layers=12, encoder_ffn_dim=4096, decoder_ffn_dim=4096,
@@ -47,19 +48,19 @@ GENERATORS = {
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
         num_key_value_heads=3, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
     ),
+    "tiny-llama": LlamaConfig(
+        vocab_size=8192, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=384, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+    ),
 }  # fmt: skip
+TINY_ENCODER = DPRConfig(
+    vocab_size=7168, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, intermediate_size=1024,
+    hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, projection_dim=256,
+)  # fmt: skip
 ENCODERS = {
     "large": DPRConfig(),
-    "tiny": DPRConfig(
-        vocab_size=7168,
-        hidden_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=1024,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        projection_dim=256,
-    ),  # fmt: skip
+    "tiny": TINY_ENCODER,
+    "tiny-llama": TINY_ENCODER,
     "smollm2": DPRConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
 }
 

@@ -6,34 +6,14 @@ way (transformers.models.bart.modeling_bart) gives the same logits; it copies co
 times as long between the kernels.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import LongTensor, Tensor, nn
 
+from stages.evaluation.shared_contexts import Hypotheses
 from stages.generation.vocabulary import in_rows_of_8
 
 ROOM = 8  # tokens that a hypothesis has room for at first; doubled where it gets longer
-
-
-@dataclass
-class Hypotheses:
-    """Which of C contexts each of R hypotheses stands on, and its place among the at most `width` that do so."""
-
-    context: LongTensor  # [R]
-    place: LongTensor  # [R] context x width + number
-    width: int
-
-    @classmethod
-    def on(cls, context: LongTensor, contexts: int) -> "Hypotheses":
-        count = torch.zeros(contexts, dtype=torch.long, device=context.device)
-        count.index_add_(0, context, torch.ones_like(context))
-        order = context.argsort(stable=True)
-        number = torch.empty_like(context)
-        number[order] = torch.arange(len(context), device=context.device) - (count.cumsum(0) - count)[context[order]]
-        width = int(count.max())
-        return cls(context, context * width + number, width)
 
 
 class BartState:

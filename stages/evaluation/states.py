@@ -6,6 +6,7 @@ from torch import LongTensor, Tensor
 
 from stages.evaluation.bart_decoder import BartState
 from stages.evaluation.causal_state import CausalState
+from stages.evaluation.llama_decoder import LlamaState
 from stages.evaluation.seq2seq_state import Seq2SeqState
 from stages.generation.causal import Causal
 from stages.generation.generator import Generator
@@ -30,6 +31,8 @@ class State(Protocol):
 def start(generator: Generator, contexts: Any) -> State:
     """A state before the answer's first token, on what `generator.encode` made of the contexts."""
     if isinstance(generator, Causal):
+        if LlamaState.fits(generator.model):
+            return LlamaState.of(generator, contexts)
         return CausalState.of(generator, contexts)
     if generator.model.config.model_type == "bart":
         return BartState(generator.model, contexts.states, contexts.mask, generator.decoder_prefix)

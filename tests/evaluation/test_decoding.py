@@ -358,13 +358,16 @@ def test_a_batch_equals_its_questions_one_at_a_time(medium, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_missing_passage_contributes_nothing(medium, family, mode):
+def test_a_missing_passage_contributes_nothing(medium, family, mode, monkeypatch):
     input_ids, mask, prior = questions(medium, 4, 3)
     # Whatever stands in its place: nothing but padding, and states that are not even numbers.
     if family in CAUSAL:
+        reading = []
+        encode = medium.encode
+        monkeypatch.setattr(medium, "encode", lambda *batch: (reading.append(True), encode(*batch))[1])
 
-        def spoil(_, given, states):  # of prompts, not of answers
-            return states.masked_fill((given[0] == UNK)[..., None], math.nan) if given[0].shape[1] == 7 else states
+        def spoil(_, given, states):  # of prompts, which are read first, not of answers
+            return states.masked_fill((given[0] == UNK)[..., None], math.nan) if reading and reading.pop() else states
 
         medium.model.get_input_embeddings().register_forward_hook(spoil)
     else:
@@ -418,7 +421,11 @@ def test_a_context_is_encoded_and_projected_once(medium, family, mode):
     encoded, projected = [], []
     if family in CAUSAL:
         medium.model.get_input_embeddings().register_forward_hook(lambda *call: encoded.append(call[1][0].shape))
-        run(medium, questions(medium, 4, 3), 3, 6, *mode)
+        batch = questions(medium, 4, 3)
+        run(medium, batch, 3, 6, *mode)
+        if family == "llama":  # without padding, and all rows in one
+            assert encoded[0] == (int(batch[1].sum()),) and max(encoded[1:7]) <= (4 * 3 * 3,)
+            return
         assert encoded[0] == (4 * 3, 7), "prompts"
         assert all(width == 1 for _, width in encoded[1:7]) and all(width < 6 for _, width in encoded[1:]), "answers"
         return

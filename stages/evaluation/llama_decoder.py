@@ -1,0 +1,124 @@
+"""Llama and its like, one token after another, for generating: the library's weights, keys and values kept our way.
+
+Prompts are read without padding. Their keys and values are made once and never copied: all hypotheses that stand on a
+prompt ask it together. What the hypotheses have written lies in one tensor for all layers, so that beams change places
+by one operation. The library's way (transformers.models.llama.modeling_llama) gives the same logits; it pads prompts,
+copies them for every beam and takes several times as long between the kernels.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import LongTensor, Tensor, nn
+
+from stages.evaluation.shared_contexts import SharedContexts, attend_before, merged
+from stages.generation.causal import Causal, Prompts
+from stages.packed.packing import Packing, attention
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ROOM = 8  # tokens that a hypothesis has room for at first; doubled where it gets longer
+
+
+class LlamaState:
+    """Where R hypotheses over C prompts stand."""
+
+    def __init__(self, model: nn.Module, contexts: SharedContexts, own: Tensor, states: Tensor):
+        """`own` [layers, 2, R, heads, room, d]: keys and values of the `fed` tokens so far; `states` [R, H] of the prompts'
+        last tokens."""
+        self.model, self.contexts, self.own, self.states = model, contexts, own, states
+        self.fed = 0
+
+    @staticmethod
+    def fits(model: nn.Module) -> bool:
+        """Whether these layers are what is written here: one of FAMILIES, all of whose layers see everything before them,
+        with plain weights and positions that do not depend on the text's length."""
+        config = model.config
+        return (
+            config.model_type in FAMILIES
+            and set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
+            and (config.model_type != "mistral" or config.sliding_window is None)
+            and model.model.rotary_emb.rope_type not in ("dynamic", "longrope")
+            and all(type(layer.self_attn.q_proj) is nn.Linear for layer in model.model.layers)
+        )
+
+    @classmethod
+    def of(cls, generator: Causal, prompts: Prompts) -> "LlamaState":
+        """Reads the prompts, once; a hypothesis stands on each."""
+        model, packing = generator.model, Packing.of(prompts.mask)
+        read = []
+
+        def mix(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+            read.append((key, value))
+            return attention(query, key, value, packing, packing, 0.0, causal=True, scale=scale)
+
+        states = _through(model, packing.pack(prompts.ids), packing.positions, mix)
+        states = states[packing.offsets[1:].long() - 1]
+        key = read[0][0]
+        own = key.new_empty(len(read), 2, packing.rows, key.shape[1], ROOM, key.shape[2])
+        return cls(model, SharedContexts.of(read, packing), own, states)
+
+    def first(self) -> Tensor:
+        """log p of the answer's first token, fp32 [R, V]."""
+        return self.model.lm_head(self.states).float().log_softmax(-1)
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        """Feeds `tokens` [R, n]; the logits [R, n, V] after each of them."""
+        rows, count = tokens.shape
+        end = self.fed + count
+        while self.own.shape[4] < end:
+            self.own = F.pad(self.own, (0, 0, 0, self.own.shape[4]))
+        places = torch.arange(self.fed, end, device=tokens.device)
+        positions = self.contexts.lengths[self.contexts.hypotheses.context][:, None] + places
+        layers = iter(range(len(self.own)))
+
+        def mix(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+            layer = next(layers)
+            own = self.own[layer]
+            own[:, :, :, self.fed : end] = torch.stack([key, value]).unflatten(1, (rows, count)).transpose(2, 3)
+            query = query.unflatten(0, (rows, count))
+            written = attend_before(query, *own[:, :, :, :end], scale)
+            return merged(written, self.contexts.read(query, layer, scale)).flatten(0, 1)
+
+        states = _through(self.model, tokens.flatten(), positions.flatten(), mix)
+        self.fed = end
+        return self.model.lm_head(states).unflatten(0, (rows, count))
+
+    def reorder(self, rows: LongTensor) -> None:
+        """Row r goes on from the hypothesis of row `rows[r]`, which must stand on the same prompt."""
+        self.own = self.own.index_select(2, rows)
+
+    def fork(self, rows: LongTensor) -> "LlamaState":
+        """A new state of the given rows, also repeated ones; the old one stays as it is. Both have the same prompts."""
+        new = LlamaState(self.model, self.contexts.under(rows), self.own.index_select(2, rows), self.states[rows])
+        new.fed = self.fed
+        return new
+
+
+def _through(model: nn.Module, ids: Tensor, positions: Tensor, mix: Callable[..., Tensor]) -> Tensor:
+    """The states [tokens, H] that the head reads; `mix` is each layer's attention, [tokens, heads, d] its arguments."""
+    stack = model.model
+    states = stack.embed_tokens(ids)
+    cos, sin = (part[0, :, None] for part in stack.rotary_emb(states, positions[None]))
+    for layer in stack.layers:
+        module = layer.self_attn
+        normed = _norm(layer.input_layernorm, states)
+        query, key, value = (
+            project(normed).unflatten(-1, (-1, module.head_dim))
+            for project in (module.q_proj, module.k_proj, module.v_proj)
+        )
+        if hasattr(module, "q_norm"):
+            query, key = _norm(module.q_norm, query), _norm(module.k_norm, key)
+        heads = query.shape[1]
+        rotated = torch.cat([query, key], dim=1)
+        lower, upper = rotated.chunk(2, dim=-1)
+        rotated = rotated * cos + torch.cat([-upper, lower], dim=-1) * sin
+        mixed = mix(rotated[:, :heads], rotated[:, heads:], value, module.scaling)
+        states = states + module.o_proj(mixed.flatten(1))
+        states = states + layer.mlp(_norm(layer.post_attention_layernorm, states))
+    return _norm(stack.norm, states)
+
+
+def _norm(module: nn.Module, states: Tensor) -> Tensor:
+    """The library's RMSNorm as one kernel."""
+    return F.rms_norm(states, states.shape[-1:], module.weight, module.variance_epsilon)
