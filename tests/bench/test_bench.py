@@ -57,6 +57,11 @@ def test_decoding_beside_transformers():
     assert found["times_as_fast"] == pytest.approx(ratio)
 
 
+def test_decoding_with_a_decoder_only_generator():
+    arguments = ("--shapes", "tiny-llama", "--questions", "2", "--num-beams", "2", "--answer-tokens", "3")
+    assert measuring.bench_decode(options("decode", *arguments), CPU)["questions_per_second"] > 0
+
+
 @pytest.mark.slow
 def test_the_real_stages_at_two_sizes(tmp_path):
     out = tmp_path / "scale.json"
