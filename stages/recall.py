@@ -89,7 +89,10 @@ def main() -> None:
         for name, scores in (
             ("reranker", crossed), ("reranked", found.scores(*weights[:2]) + weights.cross_weight * crossed)
         ):  # fmt: skip
-            order = scores.masked_fill(found.rows < 0, float("-inf")).sort(dim=1, descending=True).indices
+            scores = scores.masked_fill(found.rows < 0, float("-inf"))
+            # What evaluation does not rerank comes behind the others, in its own order.
+            scores[:, settings.rerank_depth :] = float("-inf")
+            order = scores.sort(dim=1, descending=True, stable=True).indices
             measured[name] = recall(found.rows.gather(1, order))
     for name, values in measured.items():
         print(f"{name:12}" + "  ".join(f"{key} {value:5.1f}" for key, value in values.items()))

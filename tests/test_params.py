@@ -95,6 +95,9 @@ def test_numbers_that_a_tool_wrote_as_text_are_numbers(tmp_path, key, value, exp
         ("retriever.hybrid_weight", -0.1, "retriever.hybrid_weight:.*greater than or equal to 0"),
         ("retriever.hard_negatives.count", -1, "retriever.hard_negatives.count:.*greater than or equal to 0"),
         ("retriever.hard_negatives.depth", 0, "retriever.hard_negatives.depth:.*greater than or equal to 1"),
+        ("retriever.temperature", 0, "retriever.temperature:.*greater than 0"),
+        ("retriever.reranker.negatives", 0, "retriever.reranker.negatives:.*greater than or equal to 1"),
+        ("train.answers", "all", "train.answers:.*'first' or 'drawn'.*'all'"),
         ("index.nprobe", 0, "index.nprobe:.*greater than or equal to 1"),
         ("index.ef_search", -1, "index.ef_search:.*greater than or equal to 1"),
         ("index.train_size", 10, "index.train_size:.*greater than or equal to 256"),
@@ -124,6 +127,15 @@ def test_a_recipe_that_would_never_update_is_refused(tmp_path):
     values = yaml.safe_load(SHIPPED)
     values["train"] |= {"recipe": "old", "batch_size": 2, "gradient_accumulation_steps": 16}
     with pytest.raises(ValueError, match="train.batch_size: 2 .*recipes.old.accumulation.*no update"):
+        load(tmp_path, yaml.safe_dump(values))
+
+
+def test_fewer_candidates_than_passages_read_are_refused_where_there_is_a_reranker(tmp_path):
+    values = yaml.safe_load(SHIPPED)
+    values["retriever"]["rerank_depth"] = 4
+    load(tmp_path, yaml.safe_dump(values))
+    values["models"]["reranker"] = "data/tiny/encoder"
+    with pytest.raises(ValueError, match="retriever.rerank_depth: 4 candidates are fewer than retriever.n_docs .5."):
         load(tmp_path, yaml.safe_dump(values))
 
 

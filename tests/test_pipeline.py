@@ -114,8 +114,8 @@ def test_a_changed_parameter_runs_only_what_depends_on_it(project):
 
     assert stages_run_with("evaluate.decoding=fast") == ["evaluate"]
     assert stages_run_with("train.learning_rate=1e-5") == ["train", "evaluate"]
-    assert stages_run_with("index.factory=HNSW8") == ["index", "train", "evaluate"]
-    assert stages_run_with("index.ef_search=20") == ["train", "evaluate"]
+    assert stages_run_with("index.factory=HNSW8") == ["index", "reranker", "train", "evaluate"]
+    assert stages_run_with("index.ef_search=20") == ["reranker", "train", "evaluate"]
     assert stages_run_with("signs.exact_match=3") == []
     run(project, "git", "checkout", "-q", ".")
     run(project, "dvc", "checkout")
@@ -173,7 +173,9 @@ def test_two_ranks_make_one_run(project):
 def test_a_refreshed_index_lies_beside_the_model_and_is_what_is_asked(project):
     changes = ("train.index_refresh_steps=1", "train.context_encoder_learning_rate=1e-2", "retriever.hybrid_depth=4")
     settings = [part for change in changes for part in ("-S", change)]
-    assert ran(run(project, "dvc", "exp", "run", *settings).stdout) == ["inputs", "lexical", "train", "evaluate"]
+    assert ran(run(project, "dvc", "exp", "run", *settings).stdout) == [
+        "inputs", "lexical", "reranker", "train", "evaluate",
+    ]  # fmt: skip
     before, after = (np.load(project / folder / "vectors.npy") for folder in ("data/vectors", "data/model/index"))
     assert before.shape == after.shape and np.abs(before - after).max() > 1e-3
     rows = list(csv.DictReader((project / "metrics/curves.csv").open()))
@@ -233,9 +235,11 @@ def test_hybrid_retrieval_reruns_what_it_changes_and_answers_new_questions(proje
     before = file.read_text(encoding="utf-8")
     file.write_text(before.replace("hybrid_depth: 0", "hybrid_depth: 25"), encoding="utf-8")
     done = run(project, "dvc", "repro")
-    assert {"lexical", "train", "evaluate"} <= set(ran(done.stdout)) and not {"prepare", "encode", "index"} & set(
-        ran(done.stdout)
-    )
+    assert {"lexical", "reranker", "train", "evaluate"} <= set(ran(done.stdout)) and not {
+        "prepare",
+        "encode",
+        "index",
+    } & set(ran(done.stdout))
     metrics = json.loads((project / "metrics/lexical.json").read_text())
     assert metrics["depth"] == 25 and metrics["recall_at_20"] > 20  # airports are asked for by their names
     asked = run(project, "python", "-m", "stages.ask", "Which country is Warsaw Modlin Airport in?")
@@ -250,6 +254,35 @@ def test_hybrid_retrieval_reruns_what_it_changes_and_answers_new_questions(proje
     broken = run(project, "python", "-m", "stages.evaluate", check=False)
     assert broken.returncode == 1 and "data/lexical: damaged (test_rows.npy" in broken.stderr
     file.write_text(before, encoding="utf-8")
+
+
+def test_a_reranker_trains_is_asked_and_measured_and_fsdp_refuses_it(project):
+    changes = {
+        "models.reranker": "data/tiny/encoder", "retriever.hybrid_depth": 25, "retriever.rerank_depth": 6,
+        "retriever.learn_weights": "true", "retriever.reranker.steps": 3, "retriever.reranker.batch_size": 4,
+        "train.answers": "drawn",
+    }  # fmt: skip
+    settings = [part for name, value in changes.items() for part in ("-S", f"{name}={value}")]
+    assert ran(run(project, "dvc", "exp", "run", *settings).stdout)[-3:] == ["reranker", "train", "evaluate"]
+    warm = json.loads((project / "metrics/reranker.json").read_text())
+    assert warm["steps"] == 3 and warm["candidates"] == 6 and warm["hard_negatives_mined"] > 1
+    assert all(isinstance(value, int | float) for value in warm.values())
+    rows = list(csv.DictReader((project / "metrics/curves.csv").open()))
+    assert rows[-1]["temperature"] and float(rows[-1]["cross_encoder_gradient_norm"]) > 0
+    assert (project / "data/model/prior.json").is_file() and (
+        project / "data/model/reranker/model.safetensors"
+    ).is_file()
+    assert "prior  posterior" in run(project, "python", "-m", "stages.ask", "Where is Warsaw Modlin Airport?").stdout
+    scores = json.loads((project / "metrics/eval.json").read_text())
+    run(project, "python", "-m", "stages.recall", "--split", "test", "--trained", "--out", "recall.json")
+    recall = json.loads((project / "recall.json").read_text())
+    assert {"dense", "bm25", "reranker", "reranked"} <= recall.keys()
+    assert recall["reranked"]["recall_at_1"] == pytest.approx(scores["recall_at_1"])
+    sharded = ("accelerate", "launch", "--use_fsdp", "--fsdp_version=2", "--num_processes=2", "--num_machines=1")
+    refused = run(project, *sharded, "--mixed_precision=no", "-m", "stages.train", check=False)
+    assert refused.returncode and "models.reranker: data/tiny/encoder does not train with FSDP" in refused.stderr
+    run(project, "git", "checkout", "-q", ".")
+    run(project, "dvc", "checkout")
 
 
 def test_sharded_by_accelerate_it_trains_and_leaves_the_same_files(project, tmp_path):

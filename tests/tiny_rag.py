@@ -5,16 +5,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration, DPRConfig, DPRQuestionEncoder
+from transformers import (
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForSequenceClassification,
+    DPRConfig,
+    DPRQuestionEncoder,
+)
 
 from stages.corpus.token_store import TokenStore
+from stages.encoders.cross_encoder import CrossEncoder, frame_of
 from stages.encoders.encoder import Encoder
 from stages.generation.generator import generator_from
 from stages.generation.tokenizer import passage_tokens
 from stages.params import Lengths, Recipe, Train
 from stages.rag.model import Rag, open_rag
+from stages.rag.prior import PriorWeights, Weights
 from stages.search.index_kinds import build_index
 from stages.search.passage_index import PassageIndex, describe_index, write_index
+from stages.search.reranking import Reranker
 from stages.storage import manifest
 
 LENGTHS = Lengths(question_tokens=24, passage_tokens=48, context_tokens=64, answer_tokens=8)
@@ -71,3 +82,28 @@ def save_index(folder: Path, index, facts: dict) -> None:
     manifest.record(folder / "vectors.npy")
     write_index(index, folder)
     describe_index(folder, facts, folder)
+
+
+def tiny_reranker(passages: int = len(TITLES), seed: int = 1, dropout: float = 0.0) -> Reranker:
+    """A cross-encoder of random weights over the same passages; its scores differ by a few nats."""
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=7168, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=96, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, pad_token_id=1,
+        type_vocab_size=1, initializer_range=0.3, num_labels=1,
+    )  # fmt: skip
+    model = BertForSequenceClassification(config).eval()
+    encoder = CrossEncoder(model, tokenizer("encoder"), frame_of(tokenizer("encoder"), has_types=False))
+    room = encoder.passage_room(LENGTHS.question_tokens, LENGTHS.passage_tokens)
+    return Reranker(encoder, TokenStore.from_rows(encoder.passage_rows(TITLES[:passages], TEXTS[:passages], room)))
+
+
+def reranked_rag(n_docs: int = 3, depth: int = 6, learns: bool = True, dropout: float = 0.0, passages: int = len(TITLES),
+                 weights: Weights | None = None) -> Rag:  # fmt: skip
+    """The tiny model with a reranker; its prior has weights that learn."""
+    rag = tiny_rag(n_docs, passages)
+    prior = PriorWeights(weights or Weights(1.5, 0.4, 2.0, 1.25), learns)
+    return open_rag(
+        rag.encoder, rag.generator, rag.index, rag.passages, n_docs, LENGTHS, torch.device("cpu"), prior,
+        reranker=tiny_reranker(passages, dropout=dropout), rerank_depth=depth,
+    )  # fmt: skip

@@ -194,7 +194,8 @@ def load_cross_encoder(path_or_name: str, key: str = "models.reranker") -> Cross
 
 def bert_of_dpr(dpr: nn.Module) -> BertForSequenceClassification:
     """DPR's BERT under a new head."""
-    known = {name: value for name, value in dpr.config.to_dict().items() if name in BertConfig().to_dict()}
+    shared = BertConfig().to_dict().keys() - {"id2label", "label2id"}
+    known = {name: value for name, value in dpr.config.to_dict().items() if name in shared}
     config = BertConfig(**{**known, "architectures": ["BertForSequenceClassification"], "num_labels": 1})
     model = BertForSequenceClassification(config)
     root = f"{ROOTS[type(dpr)]}bert_model."

@@ -116,7 +116,7 @@ def questions(generator, n_questions, n_docs, seed=1):
     return input_ids, mask.long(), torch.randn(n_questions, n_docs, generator=random).log_softmax(1)
 
 
-def run(generator, batch, num_beams, max_answer_tokens, decoding="thorough", marginalization="sequence"):
+def run(generator, batch, num_beams, max_answer_tokens, decoding="thorough", marginalization="sequence", merge=False):
     return generate(
         generator,
         *batch,
@@ -124,6 +124,7 @@ def run(generator, batch, num_beams, max_answer_tokens, decoding="thorough", mar
         max_answer_tokens=max_answer_tokens,
         decoding=decoding,
         marginalization=marginalization,
+        merge=merge,
     )
 
 
@@ -216,6 +217,35 @@ def test_thorough_finds_the_most_probable_of_all_answers(small, max_answer_token
         check(answer, best, logsumexp(docs[best]), docs[best], max_answer_tokens)
 
 
+@pytest.mark.parametrize(("num_beams", "decoding"), [(156, "thorough"), (4, "thorough"), (4, "fast")])
+def test_merged_candidates_are_one_answer_with_the_probability_of_all(small, num_beams, decoding):
+    """Against sums over all candidates, every one scored under every passage that may speak for it: nothing is pruned."""
+    batch = questions(small, 8, 3, seed=2)
+    answers = run(small, batch, num_beams, 3, decoding, merge=True)
+    alone = run(small, batch, num_beams, 3, decoding)
+    changed = 0
+    for answer, single, input_ids, mask, prior in zip(answers, alone, *batch, strict=True):
+        reference, prior = Reference(small, input_ids, mask), prior.tolist()
+        found = [dict(beam_search(partial(reference.next_tokens, z), num_beams, 3)) for z in range(3)]
+        docs = {
+            y: [
+                p + reference.log_prob(z, y) if decoding == "thorough" or y in found[z] else -math.inf
+                for z, p in enumerate(prior)
+            ]
+            for y in dict.fromkeys(y for some in found for y in some)
+        }
+        alike = {}
+        for y in docs:
+            alike.setdefault(small.decode(list(y[:-1])) or y, []).append(y)
+        best = max(alike.values(), key=lambda some: logsumexp(logsumexp(docs[y]) for y in some))
+        assert tuple(answer.token_ids) == max(best, key=lambda y: logsumexp(docs[y]))[:-1]
+        per_doc = [logsumexp(docs[y][z] for y in best) for z in range(3)]
+        assert answer.doc_log_probs == pytest.approx(per_doc, abs=1e-4)
+        assert answer.log_prob == pytest.approx(logsumexp(per_doc), abs=1e-4) and answer.log_prob >= single.log_prob
+        changed += answer.log_prob > single.log_prob + 1e-3
+    assert changed
+
+
 def test_rag_token_finds_the_most_probable_of_all_answers(small):
     batch = questions(small, 4, 3)
     answers = run(small, batch, 156, 4, marginalization="token")
@@ -226,6 +256,20 @@ def test_rag_token_finds_the_most_probable_of_all_answers(small):
         best = max(candidates, key=score.get)
         docs = [p + reference.log_prob(z, best) for z, p in enumerate(prior)]
         check(answer, best, score[best], docs, 4)
+
+
+def test_rag_token_merges_what_its_search_found(small):
+    batch = questions(small, 6, 3)
+    merged = run(small, batch, 156, 3, marginalization="token", merge=True)
+    for answer, input_ids, mask, prior in zip(merged, *batch, strict=True):
+        reference, prior = Reference(small, input_ids, mask), prior.tolist()
+        alike = {}
+        for y in all_answers(reference, 6, 3):
+            score = sum(reference.marginal_next(prior, y[:t])[token] for t, token in enumerate(y))
+            alike.setdefault(small.decode(list(y[:-1])) or y, {})[y] = score
+        best = max(alike.values(), key=lambda some: logsumexp(some.values()))
+        assert tuple(answer.token_ids) == max(best, key=best.get)[:-1]
+        assert answer.log_prob == pytest.approx(logsumexp(best.values()), abs=1e-4)
 
 
 @torch.no_grad()
