@@ -5,11 +5,12 @@ import torch
 
 from stages.corpus.token_store import TokenStore, write_tokens
 from stages.encoders.reranker_warmup import asked_rows
+from stages.rag.model import open_rag
 from stages.search import reranking
 from stages.search.candidates import fitted_weights
 from stages.search.reranking import FACTS, load_reranker
 from stages.storage import manifest
-from tests.tiny_rag import LENGTHS, QUESTIONS, TITLES, tiny_reranker
+from tests.tiny_rag import LENGTHS, QUESTIONS, TITLES, tiny_rag, tiny_reranker
 
 CPU = torch.device("cpu")
 
@@ -37,9 +38,9 @@ def test_scores_are_the_same_alone_together_and_in_pieces_and_nothing_for_a_miss
 
 
 def test_what_the_stage_left_is_read_and_what_does_not_fit_is_named(tmp_path):
-    assert load_reranker(tmp_path, None, 9) is None
+    assert load_reranker(tmp_path, None) is None
     with pytest.raises(ValueError, match="reranker.json: not found; run `dvc repro`"):
-        load_reranker(tmp_path, "some/model", 9)
+        load_reranker(tmp_path, "some/model")
     reranker = tiny_reranker()
     reranker.encoder.save(tmp_path / "model")
     rows = reranker.tokens
@@ -47,16 +48,17 @@ def test_what_the_stage_left_is_read_and_what_does_not_fit_is_named(tmp_path):
     write_tokens(tmp_path / "tokens", [lists], 7168)
     manifest.write_json(tmp_path / FACTS, {"model": "some/model"})
     manifest.record_folder(tmp_path)
-    again = load_reranker(tmp_path, "some/model", 9)
+    again = load_reranker(tmp_path, "some/model")
     assert torch.equal(again.tokens.tokens.int(), rows.tokens.int())
     with pytest.raises(ValueError, match="made of some/model, but models.reranker is another; run `dvc repro --force"):
-        load_reranker(tmp_path, "another", 9)
-    with pytest.raises(ValueError, match="9 passages, but there are 8"):
-        load_reranker(tmp_path, "some/model", 8)
+        load_reranker(tmp_path, "another")
+    fewer = tiny_rag(passages=8)
+    with pytest.raises(ValueError, match="data/reranker holds 9 passages, data/tokens 8; run `dvc repro`"):
+        open_rag(fewer.encoder, fewer.generator, fewer.index, fewer.passages, 3, LENGTHS, CPU, reranker=again)
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7])
     with pytest.raises(ValueError, match="dvc repro --force reranker"):
-        load_reranker(tmp_path, "some/model", 9)
+        load_reranker(tmp_path, "some/model")
 
 
 def test_fitted_weights_are_those_that_made_the_gold_passages():
