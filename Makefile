@@ -54,8 +54,8 @@ check: install-dev  ## ruff
 	ruff check .
 	ruff format --check .
 
-ui: install  ## MLflow's pages on 127.0.0.1
-	mlflow ui --host 127.0.0.1
+ui: install  ## MLflow's pages on 127.0.0.1; prints the address of this experiment's runs
+	python -m stages.tracking.ui
 
 clean:  ## remove what can be made again (never data/tiny, never MLflow's store)
 	rm -rf .checkpoints .pytest_cache .ruff_cache build *.egg-info

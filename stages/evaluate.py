@@ -7,6 +7,7 @@ data/predictions/predictions.jsonl holds a row a question with its passages, the
 """
 
 import json
+import time
 from pathlib import Path
 
 from stages.machine.devices import prepare_torch
@@ -18,6 +19,7 @@ VECTORS, INDEX, MODEL = Path("data/vectors"), Path("data/index"), Path("data/mod
 RERANKER = Path("data/reranker")
 PREDICTIONS, METRICS = Path("data/predictions"), Path("metrics/eval.json")
 TABLE_ROWS = 500
+FACTS = ("questions", "questions_with_gold_passage", "n_docs", "passages")  # what was evaluated, not how well it did
 
 
 def main() -> None:
@@ -34,10 +36,12 @@ def main() -> None:
     from stages.search.reranking import load_reranker
     from stages.storage import manifest
     from stages.storage.leftovers import drop_finished
-    from stages.tracking.runs import open_run
+    from stages.tracking.journal import flatten
+    from stages.tracking.runs import reopen_trained
+    from stages.verdicts.description import evaluation_text
     from stages.verdicts.of_evaluation import evaluation_signs
 
-    settings = params.evaluate
+    settings, started = params.evaluate, time.time()
     parts = load_rag_parts(MODEL)
     root = root_folder()
     trained = json.loads((MODEL / "run.json").read_text(encoding="utf-8"))
@@ -63,21 +67,18 @@ def main() -> None:
     with replacing(PREDICTIONS) as (made,), open(made / "predictions.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
 
-    # Where MLflow had not answered by the training's end, its journal is what knows the run.
-    journal = f"evaluate-{trained['run_id']}" if trained["run_id"] else f"train-{trained['fingerprint']}"
-    with open_run(
-        root,
-        trained["experiment"],
-        trained["run_id"],
-        None,
-        root / ".tracking" / f"{journal}.jsonl",
-        None,
-        same_run=True,
-    ) as tracker:
-        tracker.log_metrics({f"{settings.split}_{name}": value for name, value in metrics.items()})
-        tracker.log_params({"evaluate": settings.model_dump()})
-        tracker.set_tags(verdicts.tags)
+    with reopen_trained(root, trained) as tracker:
+        scores = {f"{settings.split}/{name}": value for name, value in metrics.items() if name not in FACTS}
+        facts = {name: metrics[name] for name in FACTS if name in metrics}
+        tracker.log_metrics(scores, of_model=True)
+        tracker.set_tags({**verdicts.tags, **flatten({"evaluate": {**settings.model_dump(), **facts}})})
         tracker.log_text(verdicts.text, "signs-evaluate.txt")
+        tracker.describe(f"{evaluation_text(metrics, settings.split, verdicts)}\n\n{trained['description']}")
+        name = f"{settings.split}: {settings.decoding}, {settings.num_beams} beams"
+        tracker.log_child(
+            name, started, {"evaluate": {**settings.model_dump(), **facts}}, scores, verdicts.tags,
+            {"signs-evaluate.txt": verdicts.text},
+        )  # fmt: skip
         columns = ("question", "answers", "prediction", "em", "f1")
         table = [{name: str(row[name]) for name in columns} for row in predictions[:TABLE_ROWS]]
         tracker.log_table(table, "predictions.json")

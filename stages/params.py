@@ -259,6 +259,7 @@ class Signs(Section):
 class Tracking(Section):
     experiment: Name
     system_metrics_seconds: Annotated[float, Field(ge=0)]
+    model_gigabytes: Annotated[float, Field(ge=0)]
 
 
 class Runtime(Section):

@@ -11,12 +11,13 @@ index of its vectors lie beside it. Killed and started again, it goes on from it
 """
 
 import math
+import os
 from pathlib import Path
 
 from stages.machine.devices import prepare_torch
-from stages.machine.entry import root_folder, run
-from stages.machine.stage_params import settings_of, stage_params
-from stages.params import Params
+from stages.machine.entry import CODE, root_folder, run
+from stages.machine.stage_params import settings_of, settings_to_record, stage_params
+from stages.params import PARAMS_FILE, Params
 
 MODEL, METRICS, CURVES = Path("data/model"), Path("metrics/train.json"), Path("metrics/curves.csv")
 
@@ -61,21 +62,29 @@ def train_and_leave(params: Params, trainer, examples: dict, workplace, device) 
     from stages.corpus.arrow import replacing
     from stages.rag.folder import save_rag
     from stages.storage import manifest
+    from stages.tracking.journal import flatten
     from stages.tracking.runs import environment_tags, open_run
-    from stages.training.curves import Curves, summary
+    from stages.training.boards import take_board
+    from stages.training.curves import Curves, earlier_metrics, summary
     from stages.training.opening import data_sets
+    from stages.verdicts.description import training_text
     from stages.verdicts.of_training import training_signs
 
-    root, name, recipe = root_folder(), workplace.name, params.train.recipe
+    root, fingerprint, recipe = root_folder(), workplace.name, params.train.recipe
+    name = os.environ.get("DVC_EXP_NAME") or f"{recipe}-{fingerprint[:6]}"
     tracker = open_run(
-        root, params.tracking.experiment, None, f"{recipe}-{name[:6]}", workplace.journal,
+        root, params.tracking.experiment, None, name, workplace.journal,
         params.tracking.system_metrics_seconds or None, same_run=trainer.checkpoints.is_finished(),
     )  # fmt: skip
-    curves = Curves(tracker, root / "tensorboard" / name if params.recipe.tensorboard else None)
+    board = take_board(root / "tensorboard", name, fingerprint) if params.recipe.tensorboard else None
+    usual = {"skipped_steps": 0, "overflow_steps": 0, "micro_batch": params.train.batch_size}
+    curves = Curves(tracker, board, usual)
     with tracker:
-        tracker.set_tags({**environment_tags(Path.cwd()), "recipe": recipe, "fingerprint": name})
-        tracker.log_params(settings_of(params))
-        for data_set in data_sets():
+        tracker.set_tags({**environment_tags(Path.cwd()), "recipe": recipe, "fingerprint": fingerprint})
+        settings = settings_to_record(params)
+        tracker.log_params(settings)
+        data = list(data_sets())
+        for data_set in data:
             tracker.log_dataset(*data_set)
         workplace.run(trainer, examples, curves.point)
         if trainer.progress.halvings:
@@ -84,16 +93,26 @@ def train_and_leave(params: Params, trainer, examples: dict, workplace, device) 
         metrics = summary(trainer.progress, params.train, params.recipe.checkpoints == "best")
         with replacing(MODEL) as (made,):
             save_rag(trainer.rag, made, params.recipe.marginalization)
-        tracker.register_checkpoint(
-            f"{recipe}-{params.recipe.checkpoints}", root / MODEL, int(metrics["kept_step"]), {}, {"recipe": recipe}
-        )
         verdicts = training_signs(trainer.progress.history, metrics, params.signs, device.type == "cuda")
         tracker.set_tags(verdicts.tags)
         tracker.log_text(verdicts.text, "signs-train.txt")
+        description = training_text(metrics, verdicts)
+        kept = {
+            "model/validation_loss": metrics["val_loss_per_sequence"],
+            "model/validation_loss_per_token": metrics["val_loss_per_token"],
+        }
+        if "DVC_STAGE" in os.environ:  # else they may have run with other parameters since
+            tracker.log_metrics(earlier_metrics(METRICS.parent))
+        register(params, tracker, name, int(metrics["kept_step"]), kept, description)
+        tracker.describe(description)
         tracker.flush()
 
-    run_id = {"run_id": tracker.run_id, "experiment": params.tracking.experiment, "fingerprint": name}
-    manifest.write_json(MODEL / "run.json", run_id)
+    trained = {
+        "run_id": tracker.run_id, "experiment": params.tracking.experiment, "fingerprint": fingerprint, "name": name,
+        "params": flatten(settings), "metrics": kept, "description": description,
+        "data": [{"name": one, "digest": content, **facts} for one, content, _, _, facts in data],
+    }  # fmt: skip
+    manifest.write_json(MODEL / "run.json", trained)
     manifest.record(MODEL / "run.json")
     manifest.write_metrics(METRICS, metrics)
     curves.write_csv(trainer.progress.history, CURVES)
@@ -101,6 +120,29 @@ def train_and_leave(params: Params, trainer, examples: dict, workplace, device) 
     print(verdicts.text)
     loss = metrics.get("val_loss_per_sequence", math.nan)
     print(f"validation loss {loss:.3f} nats a question at step {int(metrics['kept_step'])}")
+
+
+def register(params: Params, tracker, name: str, step: int, metrics: dict, description: str) -> None:
+    """Gives MLflow the model, with what it needs to answer unless that is too large."""
+    from stages.rag.parts import parts, size_of
+
+    recipe, limit = params.train.recipe, params.tracking.model_gigabytes
+    weights = {"model": MODEL}
+    data = weights | parts(MODEL, params)
+    gigabytes = size_of(list(data.values())) / 1e9
+    if gigabytes > limit:
+        print(
+            f"MLflow gets the weights alone, which answer nothing by themselves: with index and passages the model takes "
+            f"{gigabytes:.1f} GB, more than tracking.model_gigabytes ({limit:g})"
+        )
+        data = weights
+    tracker.register_model(
+        f"{recipe}-{params.recipe.checkpoints}", data, {PARAMS_FILE.name: PARAMS_FILE}, CODE, "stages.evaluation.pyfunc",
+        ["Which country is Warsaw Modlin Airport in?"], step, metrics, {"recipe": recipe, "trained_as": name},
+        registered=params.tracking.experiment, alias=recipe, description=description,
+        about="Models of this experiment. The alias of a recipe is the one that was trained last; to ask it: "
+        f'mlflow.pyfunc.load_model("models:/{params.tracking.experiment}@{recipe}").predict(["a question"])',
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ dvc.yaml is the one source: what it declares reruns the stage, is all that the s
 by which a finished training is found again. A stage that reads what it does not declare fails at once, for everybody.
 """
 
+import os
 from pathlib import Path
 
 import yaml
@@ -34,6 +35,23 @@ def declared(stage: str, recipe: str) -> list[str]:
 def settings_of(params: Params) -> dict:
     """What a stage's result may depend on, for a fingerprint: all that it can read but ALWAYS."""
     return params.model_dump(mode="json", exclude=set(ALWAYS))
+
+
+def settings_to_record(params: Params) -> dict:
+    """What to note beside a training's result: all of params.yaml that decides it, data and warm-up too.
+
+    Where DVC runs the stage: it has run those before it with the same file. By hand they may have run with another one,
+    so that what the stage itself reads is all that is known.
+    """
+    settings = settings_of(params)
+    if "DVC_STAGE" in os.environ:
+        whole = load_params()
+        unused = {"sample", "files", "nq"} - {whole.data.source}
+        settings = settings_of(whole)
+        settings["data"] = {name: value for name, value in settings["data"].items() if name not in unused}
+        del settings["evaluate"]
+    recipe = settings.pop("recipes")[params.train.recipe]
+    return settings | {"recipe": recipe}
 
 
 def tree_of(keys: list[str]) -> dict:

@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         say(f"a running process is sending {path} already")
         return 1
     root = path.resolve().parents[1] if path.resolve().parent.name == FOLDER else None
-    sender = Sender(journal, MlflowRun(journal.state, strict=True, root=root))
+    sender = Sender(journal, MlflowRun(journal.state, journal.snapshots, strict=True, root=root))
     try:
         for pause in (0.5, 1.5, 0):
             try:

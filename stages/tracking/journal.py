@@ -1,9 +1,10 @@
 """The journal of a tracked run: JSON lines on local disk that wait there until MLflow has taken them.
 
 One line is one record: {"kind": "metrics", "time": 1700000000000, ...}. Beside `run.jsonl` lie
-`run.jsonl.sent` (how many bytes MLflow has taken, and into which run) and `run.jsonl.lock` (held by the one
-process that sends). The `*_record` functions bring values into the shape that MLflow accepts; nothing here
-needs MLflow. Trouble with the disk raises nothing: it must not end a training that lasted for days.
+`run.jsonl.sent` (how many bytes MLflow has taken, and into which run), `run.jsonl.lock` (held by the one process
+that sends) and `run.files/` (files that wait with their records, see stages/tracking/snapshots.py). The `*_record`
+functions bring values into the shape that MLflow accepts; nothing here needs MLflow. Trouble with the disk raises
+nothing: it must not end a training that lasted for days.
 """
 
 import errno
@@ -15,11 +16,14 @@ import re
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from stages.tracking.snapshots import Snapshots
 
 PARAM_LIMIT = 6000  # characters of a value; mlflow.utils.validation.MAX_PARAM_VAL_LENGTH
 TAG_LIMIT = 8000
@@ -95,15 +99,48 @@ def tags_record(values: Mapping) -> dict:
     return record("tags", values={clean_name(name): str(value)[:TAG_LIMIT] for name, value in values.items()})
 
 
-def checkpoint_record(name: str, path: Path, step: int, metrics: Mapping, params: Mapping) -> dict:
-    """A checkpoint's name (MLflow allows no /:.%"' in it), its folder or URI, and what belongs to it."""
+def model_record(
+    name: str, snapshot: str, loader: str, example: list, step: int, metrics: Mapping, params: Mapping, registered: str,
+    alias: str, about: str, description: str,
+) -> dict:  # fmt: skip
+    """A trained model: its snapshot's name, and under which names MLflow shall have it (see Tracker.register_model).
+
+    MLflow allows no /:.%"' in names of models, and of aliases word characters alone, neither `latest` nor `v1`.
+    """
+    alias = re.sub(r"[^\w-]", "-", str(alias), flags=re.ASCII)
+    if re.fullmatch(r"latest|v\d+", alias.lower()):
+        alias = f"recipe-{alias}"
     return record(
-        "checkpoint",
-        name=re.sub(r'[/:.%"\']', "-", str(name)),
-        path=str(path) if "://" in str(path) else str(Path(path).absolute()),
+        "model",
+        name=_model_name(name),
+        snapshot=snapshot,
+        loader=loader,
+        example=list(example),
         step=int(step),
         values=metrics_record("", metrics, step)[0]["values"],
         params=params_records(params)[0]["values"],
+        registered=_model_name(registered),
+        alias=alias,
+        about=about,
+        description=description,
+    )
+
+
+def _model_name(name: str) -> str:
+    return re.sub(r'[/:.%"\']', "-", str(name))
+
+
+def child_record(name: str, started: float, params: Mapping, metrics: Mapping, tags: Mapping, texts: Mapping) -> dict:
+    """A finished run below the journal's own: all of it in one record. texts: {artifact file: content}."""
+    return record(
+        "child",
+        session=uuid.uuid4().hex,
+        name=name,
+        started=int(1000 * started),
+        params=params_records(params)[0]["values"],
+        values=metrics_record("", metrics, 0)[0]["values"],
+        tags=tags_record(tags)["values"],
+        texts={clean_path(file): str(text) for file, text in texts.items()},
     )
 
 
@@ -124,13 +161,15 @@ def table_record(rows: list[dict], artifact_file: str) -> dict:
     return record("table", text=text, file=clean_path(artifact_file))
 
 
-def file_record(path: Path, artifact_path: str | None) -> dict:
-    """A file or folder to upload. A small text goes into the journal itself, so that the file may go away."""
+def file_record(path: Path, artifact_path: str | None, snapshots: Snapshots) -> dict:
+    """A file or folder to upload, as it is now: a small text in the journal itself, all else as a copy beside it."""
     path = Path(path).absolute()
     if path.is_file() and path.stat().st_size <= EMBEDDED_FILE_BYTES:
         with suppress(UnicodeDecodeError), path.open(encoding="utf-8", newline="") as file:
             return record("text", text=file.read(), file=clean_path(f"{artifact_path or ''}/{path.name}"))
-    return record("file", path=str(path), artifact_path=clean_path(artifact_path or "") or None)
+    where = clean_path(artifact_path or "") or None
+    name = path.name if path.is_file() else "content"
+    return record("file", snapshot=snapshots.take({}, {name: path}), name=name, artifact_path=where)
 
 
 def dataset_record(name: str, digest: str, source: str, context: str, profile: Mapping) -> dict:
@@ -160,6 +199,7 @@ class Journal:
 
     def __init__(self, path: Path):
         self.path = Path(path).absolute()
+        self.snapshots = Snapshots(self.path)
         self.unwritten: list[dict] = []
         self._mutex = threading.Lock()
         self._lock = FileLock(f"{self.path}.lock", thread_local=False)  # the sending thread releases it
@@ -192,6 +232,8 @@ class Journal:
         return True
 
     def release(self) -> None:
+        with suppress(OSError):
+            self.snapshots.folder.rmdir()  # unless something waits there
         with suppress(OSError):
             self._lock.release()
 
@@ -246,6 +288,20 @@ class Journal:
         with suppress(OSError):
             temporary.write_text(json.dumps(self.state))
             os.replace(temporary, self._sent_path)
+        for entry, _ in taken:
+            if "snapshot" in entry:
+                self.snapshots.drop(entry["snapshot"])
+
+    def drop_orphans(self) -> None:
+        """Removes snapshots that no unsent record names, left by a killed process; before any new one is taken."""
+        self.snapshots.keep_only({entry["snapshot"] for entry in self._waiting() if "snapshot" in entry})
+
+    def _waiting(self) -> list[dict]:
+        waiting = list(self.unwritten)
+        with suppress(OSError), self.path.open("rb") as file:
+            file.seek(self.state["offset"])
+            waiting += [entry for line in file if (entry := _parse(line))]
+        return waiting
 
     def logged_steps(self) -> set[int]:
         """The steps of the metrics that this file holds for the run that a resumed training goes on in."""
@@ -261,11 +317,7 @@ class Journal:
 
     def unsent(self) -> int:
         """How many records wait, in the file and in memory."""
-        count = len(self.unwritten)
-        with suppress(OSError), self.path.open("rb") as file:
-            file.seek(self.state["offset"])
-            count += sum(1 for line in file if _parse(line))
-        return count
+        return len(self._waiting())
 
 
 def _parse(line: bytes) -> dict:

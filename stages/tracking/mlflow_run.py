@@ -11,25 +11,30 @@ from stages.tracking.mlflow_store import MlflowClient, artifacts_of, client_of, 
 from mlflow import entities
 from mlflow.exceptions import MlflowException
 
+from stages.tracking import registry
 from stages.tracking.journal import say, without_credentials
 from stages.tracking.recorder import REFUSALS
+from stages.tracking.snapshots import Snapshots
 
 SESSION_TAG = "tracking.session"  # finds a run again whose creation was answered after our time-out
+REPLACES_TAG = "tracking.replaces"  # the run of another store whose place a run has taken
+NOTE_TAG = "mlflow.note.content"  # what MLflow shows as a run's description
 
 
 class MlflowRun:
     """The run that a journal's records go to. Any call can be made twice without a change.
 
-    state: the journal's; it remembers run_id, finished, system_step, root and uri between processes.
+    state: the journal's; it remembers run_id, finished, adds, system_step, root and uri between processes.
+    snapshots: the journal's.
     root: the repository as it lies today; a journal that was moved with it names another. None: as the journal says.
     sessions: the run's id for each opening that MLflow has answered.
     strict: raise, rather than let every record be refused, where MLflow does not know the journal's run.
     """
 
-    def __init__(self, state: dict, strict: bool = False, root: Path | None = None):
-        self.state, self.strict, self.root = state, strict, root
+    def __init__(self, state: dict, snapshots: Snapshots, strict: bool = False, root: Path | None = None):
+        self.state, self.snapshots, self.strict, self.root = state, snapshots, strict, root
         self.sessions: dict[str, str] = {}
-        self.is_open = False
+        self.is_open = self.is_uploading = False
         self._client: MlflowClient | None = None
 
     def is_well(self) -> bool:
@@ -50,13 +55,16 @@ class MlflowRun:
         if kind in ("metrics", "system"):
             return self._metrics(entries)
         calls = {
+            "scores": self._scores,
             "params": self._params,
             "tags": self._tags,
             "text": self._text,
             "file": self._file,
             "table": self._table,
             "dataset": self._dataset,
-            "checkpoint": self._checkpoint,
+            "model": self._model,
+            "child": self._child,
+            "description": self._description,
             "close": self._close,
         }
         if kind in calls:  # a torn line has none
@@ -75,16 +83,26 @@ class MlflowRun:
         anew = self.state.get("finished") and not entry.get("same_run")
         wanted = entry["run_id"] or (None if anew else self.state.get("run_id"))
         run = self._existing(wanted) if wanted else None
+        found_by = f"tags.`{SESSION_TAG}` = '{entry['session']}'"
         if wanted and run is None:
-            say(f"run {wanted} is no longer in MLflow; a new run takes its place")
+            replacing = f"tags.`{REPLACES_TAG}` = '{wanted}'"
+            run = next(iter(self._client.search_runs([experiment_id], replacing, max_results=1)), None)
+            if run is None:
+                say(f"run {wanted} is not in this MLflow (made elsewhere, or deleted); a new run takes its place")
         if run is None:
-            same = f"tags.`{SESSION_TAG}` = '{entry['session']}'"
-            run = next(iter(self._client.search_runs([experiment_id], same, max_results=1)), None)
+            run = next(iter(self._client.search_runs([experiment_id], found_by, max_results=1)), None)
         if run is None:
-            tags = {SESSION_TAG: entry["session"]}
-            run = self._client.create_run(experiment_id, entry["time"], tags, entry["run_name"])
-        elif run.info.status != "RUNNING":
-            self._client.update_run(run.info.run_id, "RUNNING")
+            tags = {SESSION_TAG: entry["session"], **({REPLACES_TAG: wanted} if wanted else {})}
+            known = entry.get("history") or {}
+            run = self._client.create_run(experiment_id, entry["time"], tags, entry["run_name"] or known.get("name"))
+            self._remember(run.info.run_id, entry["time"], known)
+        # What is added to a finished run leaves its duration as it was.
+        adds = bool(entry.get("same_run")) and run.info.status == "FINISHED"
+        status = None if adds or run.info.status == "RUNNING" else "RUNNING"
+        # A resumed training may belong to another experiment of DVC; a name that somebody gave by hand stays.
+        name = entry["run_name"] if "name" in self.state and entry["run_name"] != self.state["name"] else None
+        if status or name:
+            self._client.update_run(run.info.run_id, status, name)
         # System metrics count their own steps and go on behind the last one that the run has.
         steps = [metric.step for metric in run.data._metric_objs if metric.key.startswith("system/")]
         self.state |= {
@@ -92,9 +110,18 @@ class MlflowRun:
             "experiment_id": run.info.experiment_id,
             "system_step": max(steps, default=-1) + 1,
             "finished": False,
+            "adds": adds,
+            **({"name": entry["run_name"]} if entry["run_name"] else {}),
         }
         self.sessions[entry["session"]] = run.info.run_id
         self.is_open = True
+
+    def _remember(self, run_id: str, time: int, known: dict) -> None:
+        """What is known of a run that a new one replaces, so that the new one is not empty."""
+        self._params(run_id, {"values": known.get("params", {})})
+        metrics = [entities.Metric(name, value, time, 0) for name, value in known.get("metrics", {}).items()]
+        if metrics:
+            self._client.log_batch(run_id, metrics=metrics)
 
     def _return(self) -> None:
         """To the run of a journal whose first part another process has sent."""
@@ -124,7 +151,9 @@ class MlflowRun:
             remote = re.match("https?:|databricks", self.state["uri"])
             location = None if remote else artifacts_of(Path(self.state["root"]))
             try:
-                return self._client.create_experiment(entry["experiment"], location)
+                # Where MLflow's pages open: on training, not on traces of language models.
+                tags = {"mlflow.experimentKind": "custom_model_development"}
+                return self._client.create_experiment(entry["experiment"], location, tags)
             except MlflowException:
                 found = self._client.get_experiment_by_name(entry["experiment"])  # another process was faster
                 if found is None:
@@ -144,6 +173,13 @@ class MlflowRun:
         for start in range(0, len(batch), 1000):
             self._client.log_batch(self.state["run_id"], metrics=batch[start : start + 1000])
         self.state["system_step"] = system_step
+
+    def _scores(self, run_id: str, entry: dict) -> None:
+        """What is measured once: not a second time where the same comes out again, after a kill for instance."""
+        run = self._client.get_run(run_id)
+        made = run.outputs.model_outputs if run.outputs and entry.get("of_model") else []
+        model = self._client.get_logged_model(made[-1].model_id) if made else None
+        registry.log_once(self._client, run, model, entry)
 
     def _params(self, run_id: str, entry: dict) -> None:
         params = [entities.Param(name, value) for name, value in entry["values"].items()]
@@ -170,8 +206,9 @@ class MlflowRun:
         self._client.log_text(run_id, entry["text"], entry["file"])
 
     def _file(self, run_id: str, entry: dict) -> None:
-        log = self._client.log_artifacts if os.path.isdir(entry["path"]) else self._client.log_artifact
-        log(run_id, entry["path"], entry["artifact_path"])
+        path = self.snapshots.path(entry["snapshot"]) / entry["name"]
+        log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
+        log(run_id, str(path), entry["artifact_path"])
 
     def _table(self, run_id: str, entry: dict) -> None:
         """As MlflowClient.log_table, which would add the rows to those of an earlier attempt."""
@@ -187,29 +224,36 @@ class MlflowRun:
         context = entities.InputTag("mlflow.data.context", entry["context"])
         self._client.log_inputs(run_id, [entities.DatasetInput(dataset, [context])])
 
-    def _checkpoint(self, run_id: str, entry: dict) -> None:
-        name, step = entry["name"], entry["step"]
-        experiment_id = self.state["experiment_id"]
-        same = f"name = '{name}' AND source_run_id = '{run_id}'"
-        models = self._client.search_logged_models([experiment_id], same)
-        model = next((one for one in models if one.tags.get("step") == str(step)), None)
-        if model is None:
-            tags = {"path": entry["path"], "step": str(step)}
-            model = self._client.create_logged_model(
-                experiment_id, name, run_id, tags, entry["params"], model_type="checkpoint"
-            )
-        self._client.finalize_logged_model(model.model_id, "READY")
-        outputs = self._client.get_run(run_id).outputs
-        if model.model_id not in [one.model_id for one in (outputs.model_outputs if outputs else [])]:
-            self._client.log_outputs(run_id, [entities.LoggedModelOutput(model.model_id, step)])
-        of_model = {"model_id": model.model_id, "run_id": run_id}
-        metrics = [
-            entities.Metric(key, float(value), entry["time"], step, **of_model)
-            for key, value in entry["values"].items()
-        ]
-        if metrics:
-            self._client.log_batch(run_id, metrics=metrics)
+    def _model(self, run_id: str, entry: dict) -> None:
+        self.is_uploading = True
+        try:
+            snapshot = self.snapshots.path(entry["snapshot"])
+            registry.register(self._client, self.state["experiment_id"], run_id, entry, snapshot)
+        finally:
+            self.is_uploading = False
+
+    def _child(self, run_id: str, entry: dict) -> None:
+        same = f"tags.`{SESSION_TAG}` = '{entry['session']}'"
+        child = next(iter(self._client.search_runs([self.state["experiment_id"]], same, max_results=1)), None)
+        if child is None:
+            tags = {SESSION_TAG: entry["session"], "mlflow.parentRunId": run_id}
+            child = self._client.create_run(self.state["experiment_id"], entry["started"], tags, entry["name"])
+        child_id = child.info.run_id
+        self._params(child_id, {"values": entry["params"]})
+        self._client.log_batch(
+            child_id, [entities.Metric(name, float(value), entry["time"], 0) for name, value in entry["values"].items()]
+        )
+        self._tags(child_id, {"values": entry["tags"]})
+        for file, text in entry["texts"].items():
+            self._text(child_id, {"text": text, "file": file})
+        self._client.set_terminated(child_id, "FINISHED", entry["time"])
+
+    def _description(self, run_id: str, entry: dict) -> None:
+        self._client.set_tag(run_id, NOTE_TAG, entry["text"])
+        for version in registry.versions_of(self._client, run_id):
+            self._client.update_model_version(version.name, version.version, entry["text"])
 
     def _close(self, run_id: str, entry: dict) -> None:
-        self._client.set_terminated(run_id, entry["status"], entry["time"])
-        self.state["finished"] = entry["status"] == "FINISHED"
+        if not self.state.get("adds"):
+            self._client.set_terminated(run_id, entry["status"], entry["time"])
+        self.state["finished"] = entry["status"] == "FINISHED" or bool(self.state.get("adds"))

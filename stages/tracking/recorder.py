@@ -154,14 +154,16 @@ class Tracker:
         another value becomes the tag `changed.NAME`."""
         self._put(lambda: journals.params_records(params))
 
-    def log_metrics(self, metrics: Mapping, step: int | None = None) -> None:
-        """Numbers at an optimizer step: what float() takes, NaN too; the rest is left out with a warning."""
+    def log_metrics(self, metrics: Mapping, step: int | None = None, of_model: bool = False) -> None:
+        """Numbers at an optimizer step: what float() takes, NaN too; the rest is left out with a warning.
+
+        step: None for what is measured once. of_model: the numbers are the run's model's too."""
 
         def build():
-            entry, rejected = journals.metrics_record("metrics", metrics, step or 0)
+            entry, rejected = journals.metrics_record("scores" if step is None else "metrics", metrics, step or 0)
             if rejected:
                 self._warn(f"no number, so no metric: {', '.join(rejected)}")
-            return entry
+            return {**entry, "of_model": True} if of_model else entry
 
         self._put(build)
 
@@ -172,8 +174,8 @@ class Tracker:
         self._put(lambda: record("text", text=str(text), file=journals.clean_path(artifact_file)))
 
     def log_file(self, path: Path, artifact_path: str | None = None) -> None:
-        """A file or folder as an artifact. A small text is taken as it is now; all else must stay there."""
-        self._put(lambda: journals.file_record(path, artifact_path))
+        """A file or folder as an artifact, as it is now."""
+        self._put(lambda: journals.file_record(path, artifact_path, self.journal.snapshots))
 
     def log_table(self, rows: list[dict], artifact_file: str) -> None:
         """Rows as a JSON table that MLflow's evaluation view shows; replaces an earlier one of that name."""
@@ -183,12 +185,39 @@ class Tracker:
         """A data set: its digest (36 characters of it), where it lies, e.g. {"rows": 8}. No data is sent."""
         self._put(lambda: journals.dataset_record(name, digest, source, context, profile))
 
-    def register_checkpoint(self, name: str, path: Path, step: int, metrics: Mapping, params: Mapping) -> None:
-        """A checkpoint as a LoggedModel of MLflow whose tag `path` is the folder on disk; nothing is copied.
+    def log_child(
+        self, name: str, started: float, params: Mapping, metrics: Mapping, tags: Mapping, texts: Mapping[str, str]
+    ) -> None:
+        """A finished run below this one, e.g. an evaluation with its own parameters. started: seconds since 1970.
 
-        metrics go to the model and, as MLflow does it, to the run too. Same name and step: the same model.
+        texts: {artifact file: content}."""
+        self._put(lambda: journals.child_record(name, started, params, metrics, tags, texts))
+
+    def describe(self, text: str) -> None:
+        """Markdown that MLflow shows as the description of the run and of the models that it has registered."""
+        self._put(lambda: record("description", text=str(text)[: journals.TAG_LIMIT]))
+
+    def register_model(
+        self, name: str, linked: Mapping[str, Path], copied: Mapping[str, Path], code: Path, loader: str, example: list,
+        step: int, metrics: Mapping, params: Mapping, registered: str, alias: str, about: str, description: str,
+    ) -> None:  # fmt: skip
+        """A trained model that `mlflow.pyfunc.load_model("models:/REGISTERED@ALIAS")` loads, with its files as they are now.
+
+        linked, copied: files and folders by the names under which the loader finds them; hardlinks, where the disk allows
+        it, of what is only ever replaced, copies of what somebody may write into. code: a package, copied, that holds the
+        module `loader`, whose `_load_pyfunc(folder of the data)` returns an object with `predict`. metrics go to the
+        model and, as MLflow does it, to the run too. Same name and step: the same model, registered once. The alias
+        stays with what was trained last. about, description: of the registered model and of this version.
         """
-        self._put(lambda: journals.checkpoint_record(name, path, step, metrics, params))
+
+        def build():
+            data = [{f"data/{place}": path for place, path in files.items()} for files in (linked, copied)]
+            snapshot = self.journal.snapshots.take(data[0], {**data[1], f"code/{code.name}": code})
+            return journals.model_record(
+                name, snapshot, loader, example, step, metrics, params, registered, alias, about, description
+            )
+
+        self._put(build)
 
     def flush(self, timeout: float = 10.0) -> bool:
         """Waits until MLflow has everything so far, at most `timeout` seconds. False: something is unsent."""
@@ -201,13 +230,16 @@ class Tracker:
 
     def close(self, status: str = "FINISHED", timeout: float = 30.0) -> None:
         """Ends the run as FINISHED, FAILED or KILLED. Waits at most `timeout` seconds for MLflow to take the
-        rest. What it did not take stays in the journal, and one line says how to send it."""
+        rest, longer while it is taking a model. What it did not take stays in the journal, and one line says how
+        to send it."""
         if self._closing.is_set():
             return
         self._put(record("close", status=status))
         self._closing.set()
         self._news.set()
         self._thread.join(timeout)
+        while self._thread.is_alive() and self._run.is_uploading:
+            self._thread.join(1)
         self._abandoned.set()
         memory, path = len(self.journal.unwritten), self.journal.path
         waiting = self.journal.unsent() - memory

@@ -41,10 +41,11 @@ def open_rows() -> dict[str, Dataset]:
 
 
 def data_sets() -> Iterator[tuple[str, str, str, str, dict]]:
-    """What was trained and validated on: name, digest, file, context and facts of each."""
+    """What was trained and validated on: name, digest, file of that digest, context and facts of each."""
     for name, rows in open_rows().items():
         file = PREPARED / f"{name}.arrow"
-        yield name, digest(file), str(file), name, {"rows": len(rows)}
+        content = digest(file)
+        yield name, content, f"{file}#{content}", name, {"rows": len(rows)}
 
 
 def inputs_of(params: Params) -> list[Path]:

@@ -76,6 +76,47 @@ def free_port():
         return server.getsockname()[1]
 
 
+LOADER = """
+from pathlib import Path
+class Answering:
+    def __init__(self, folder): self.weights = (folder / "model/weights.bin").read_text()
+    def predict(self, model_input, params=None): return [f"{self.weights}: {one}" for one in model_input.iloc[:, 0]]
+def _load_pyfunc(path): return Answering(Path(path))
+"""
+
+
+def register(tracker, folder, weights="first", step=4, alias="new", loss=1.5):
+    """A model of one file, whose files change right after they were given away."""
+    model, code = folder / "step-4", folder / "toy_loader"
+    for place in (model, code):
+        place.mkdir(exist_ok=True)
+    (model / "weights.bin").unlink(missing_ok=True)  # as a stage does: replaced, never written into
+    (model / "weights.bin").write_text(weights)
+    (code / "__init__.py").write_text(LOADER)
+    (folder / "params.yaml").write_text(f"step: {step}")
+    tracker.register_model(
+        "step 4", {"model": model}, {"params.yaml": folder / "params.yaml"}, code, "toy_loader", ["who?"], step,
+        {"model/validation_loss": loss}, {"top": {"k": 5}}, registered="demo", alias=alias, about="about", description="one",
+    )  # fmt: skip
+    (folder / "params.yaml").write_text("step: another")
+    (model / "weights.bin").unlink()
+
+
+def answers(root, alias="new"):
+    """What the registered model says, in a process of its own in another folder."""
+    code = """
+import sys
+from mlflow import pyfunc, set_tracking_uri
+set_tracking_uri(sys.argv[1])
+print(list(pyfunc.load_model(sys.argv[2]).predict(["who?"])), flush=True)
+"""
+    (root / "elsewhere").mkdir(exist_ok=True)
+    process = python(root / "elsewhere", code, f"sqlite:///{root / 'mlflow.db'}", f"models:/demo@{alias}")
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return printed.strip().splitlines()[-1]
+
+
 def log_everything(tracker, folder):
     (folder / "notes.md").write_text("a note")
     (folder / "blob.bin").write_bytes(bytes([0, 255, 128]))
@@ -89,8 +130,9 @@ def log_everything(tracker, folder):
     tracker.log_file(folder / "blob.bin", "files")
     tracker.log_table([{"question": "who?", "em": 1}, {"question": "ä", "answers": ["b"]}], "answers.json")
     tracker.log_dataset("train", "0123456789" * 5, "data/prepared", "training", {"rows": 8})
-    tracker.register_checkpoint("step 4", folder / "step-4", 4, {"validation_loss": 1.5}, {"top": {"k": 5}})
-    (folder / "notes.md").unlink()
+    register(tracker, folder)
+    for name in ("notes.md", "blob.bin"):
+        (folder / name).unlink()
 
 
 def check_everything(client, run_id, folder):
@@ -111,9 +153,16 @@ def check_everything(client, run_id, folder):
     assert (dataset.dataset.name, dataset.dataset.digest) == ("train", "012345678901234567890123456789012345")
     assert json.loads(dataset.dataset.profile) == {"rows": 8} and dataset.tags[0].value == "training"
     (model,) = client.search_logged_models([run.info.experiment_id])
-    assert model.name == "step 4" and model.tags["path"] == str(folder / "step-4") and model.status == "READY"
+    assert model.name == "step 4" and model.status == "READY" and model.tags["step"] == "4"
     assert model.params == {"top.k": "5"} and model.source_run_id == run_id
-    assert [(one.key, one.value, one.step) for one in model.metrics] == [("validation_loss", 1.5, 4)]
+    assert [(one.key, one.value, one.step) for one in model.metrics] == [("model/validation_loss", 1.5, 0)]
+    assert values(client, run_id, "model/validation_loss") == [(0, 1.5)]
+    (version,) = client.search_model_versions("name = 'demo'")
+    assert version.source == f"models:/{model.model_id}" and version.run_id == run_id
+    assert client.get_model_version_by_alias("demo", "new").version == version.version
+    parts = folder / "mlartifacts" / "models" / model.model_id / "artifacts" / "data" / "parts"
+    assert (parts / "model/weights.bin").read_text() == "first" and (parts / "params.yaml").read_text() == "step: 4"
+    assert not list(folder.glob("*.files")), "what was sent goes away"
     assert [one.model_id for one in run.outputs.model_outputs] == [model.model_id]
 
 
@@ -377,7 +426,7 @@ def test_a_run_that_is_gone_is_replaced(root, capsys, deleted):
         again.log_metrics({"loss": 1.0}, 1)
     assert again.run_id != gone and again.run_id is not None
     assert local_client(root).get_run(again.run_id).data.metrics == {"loss": 1.0}
-    assert f"run {gone} is no longer in MLflow" in capsys.readouterr().err
+    assert f"run {gone} is not in this MLflow" in capsys.readouterr().err
 
 
 def test_a_deleted_experiment_is_restored(root):
@@ -405,7 +454,7 @@ def test_server_down_then_sent_exactly_once(root, monkeypatch, capsys):
     printed = capsys.readouterr().err
     assert f"python -m stages.tracking {path}" in printed and "does not answer" in printed
     assert "secret" not in printed + path.read_text()
-    assert len(path.read_text().splitlines()) == 17
+    assert len(path.read_text().splitlines()) == 17, "a record a call"
     assert send([str(path)]) == 1
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
@@ -713,16 +762,195 @@ def test_a_resumed_training_sends_no_point_twice(root):
     from stages.training.curves import Curves
 
     with pytest.raises(KeyboardInterrupt), start(root) as tracker:
-        curves = Curves(tracker, None)
+        curves = Curves(tracker, None, {})
         for step in (0, 2, 4):
             curves.point({"step": step, "loss": float(step)})
         raise KeyboardInterrupt
     with start(root) as tracker:
-        curves = Curves(tracker, None)
+        curves = Curves(tracker, None, {})
         for step in (2, 4, 6):  # from a checkpoint of step 1
             curves.point({"step": step, "loss": float(step)})
-    assert values(local_client(root), tracker.run_id, "loss") == [(0, 0.0), (2, 2.0), (4, 4.0), (6, 6.0)]
+    assert values(local_client(root), tracker.run_id, "training/loss") == [(0, 0.0), (2, 2.0), (4, 4.0), (6, 6.0)]
     with start(root) as another:  # that one finished: the next is a run of its own
-        Curves(another, None).point({"step": 2, "loss": 9.0})
+        Curves(another, None, {}).point({"step": 2, "loss": 9.0})
     assert another.run_id != tracker.run_id
-    assert values(local_client(root), another.run_id, "loss") == [(2, 9.0)]
+    assert values(local_client(root), another.run_id, "training/loss") == [(2, 9.0)]
+
+
+# Models and evaluations
+
+
+def versions(root):
+    found = local_client(root).search_model_versions("name = 'demo'")
+    return sorted((int(one.version), one.run_id) for one in found)
+
+
+@pytest.mark.slow
+def test_a_registered_model_answers_in_another_folder_without_its_code_or_files(root):
+    with start(root) as tracker:
+        register(tracker, root)
+    for name in ("step-4", "toy_loader"):
+        shutil.rmtree(root / name)
+    assert answers(root) == "['first: who?']"
+
+
+def test_the_files_of_a_model_are_linked_and_its_code_is_copied(root):
+    (root / "kept").mkdir()
+    with start(root) as tracker:
+        model, code = root / "step-4", root / "toy_loader"
+        register(tracker, root)
+        (model / "weights.bin").write_text("of another training")
+        (code / "__init__.py").write_text("raise SystemExit")
+        source = root / "large"
+        source.write_text("x")
+        tracker.register_model(
+            "other", {"model/large": source}, {}, code, "toy_loader", ["who?"], 1, {}, {}, registered="demo",
+            alias="old", about="", description="",
+        )  # fmt: skip
+    files = {file.name: file for file in (root / "mlartifacts/models").rglob("*") if file.is_file()}
+    assert files["large"].stat().st_ino == source.stat().st_ino
+    assert files["weights.bin"].read_text() == "first"
+    codes = {file.read_text() for file in (root / "mlartifacts/models").rglob("toy_loader/__init__.py")}
+    assert codes == {LOADER, "raise SystemExit"}
+    assert not any(file.suffix in (".pkl", ".pickle") for file in files.values())
+
+
+def test_a_training_killed_after_its_model_registers_it_once(root):
+    code = """
+import os, signal, sys
+from pathlib import Path
+from stages.tracking import runs as tracking
+sys.path.insert(0, sys.argv[1])
+from tests.tracking.test_runs import register
+tracker = tracking.open_run(Path.cwd(), "demo", None, None, Path("journal.jsonl"), None)
+register(tracker, Path.cwd())
+assert tracker.flush(60)
+print(tracker.run_id, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    process = python(root, code, str(CODE))
+    run_id = process.communicate(timeout=120)[0].strip()
+    assert process.returncode == -signal.SIGKILL and versions(root) == [(1, run_id)]
+    with start(root) as tracker:
+        register(tracker, root)
+    assert versions(root) == [(1, run_id)] and tracker.run_id == run_id
+    client = local_client(root)
+    assert values(client, run_id, "model/validation_loss") == [(0, 1.5)]
+    assert len(client.search_logged_models([client.get_run(run_id).info.experiment_id])) == 1
+
+
+def test_an_upload_that_was_cut_off_is_done_again(root, monkeypatch):
+    from stages.tracking import registry
+
+    def cut(*_, **__):
+        raise OSError("the disk was full")
+
+    with start(root) as tracker:
+        with monkeypatch.context() as broken:
+            broken.setattr(registry, "copy_tree", cut)
+            register(tracker, root)
+            assert not tracker.flush(3)
+        assert (root / "journal.files").is_dir()
+    (model,) = (root / "mlartifacts/models").iterdir()
+    assert (model / "artifacts/data/parts/model/weights.bin").read_text() == "first"
+    assert len(versions(root)) == 1 and not (root / "journal.files").exists()
+
+
+def test_a_model_that_waited_takes_no_alias_from_a_later_one(root, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    waiting = start(root, journal="early.jsonl")
+    register(waiting, root, weights="early")
+    waiting.close(timeout=1)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    with start(root, journal="late.jsonl") as later:
+        register(later, root, weights="late")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    assert send([str(root / "early.jsonl")]) == 0
+    client = local_client(root)
+    assert len(versions(root)) == 2
+    assert client.get_model_version_by_alias("demo", "new").run_id == later.run_id
+    early = next(run_id for _, run_id in versions(root) if run_id != later.run_id)
+    folder = next(one for one in client.search_model_versions("name = 'demo'") if one.run_id == early)
+    parts = root / "mlartifacts" / "models" / folder.source.removeprefix("models:/") / "artifacts/data/parts"
+    assert (parts / "model/weights.bin").read_text() == "early", "as it was when it was logged"
+
+
+def test_a_large_file_is_logged_as_it_was_and_orphans_go(root, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    (root / "report.html").write_text("a" * 1_100_000)
+    tracker = start(root)
+    tracker.log_file(root / "report.html")
+    (root / "report.html").write_text("another")
+    tracker.close(timeout=1)
+    (root / "journal.files" / "orphan.unfinished").mkdir()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    with start(root):
+        assert not (root / "journal.files" / "orphan.unfinished").exists()
+    (file,) = (root / "mlartifacts").rglob("report.html")
+    assert file.stat().st_size == 1_100_000
+
+
+def test_an_evaluation_is_a_child_and_leaves_the_run_its_duration(root):
+    with start(root) as tracker:
+        register(tracker, root)
+    client = local_client(root)
+    before = client.get_run(tracker.run_id).info
+    trained = {
+        "run_id": tracker.run_id,
+        "experiment": EXPERIMENT,
+        "fingerprint": "f",
+        "name": "n",
+        "params": {},
+        "metrics": {},
+    }
+    for em, beams in ((40.0, 1), (50.0, 4), (40.0, 1), (40.0, 1)):
+        with tracking.reopen_trained(root, trained) as again:
+            again.log_metrics({"test/em": em}, of_model=True)
+            again.describe(f"EM {em}")
+            again.log_child(f"{beams} beams", time.time(), {"evaluate": {"num_beams": beams}}, {"test/em": em}, {}, {})
+    run = client.get_run(tracker.run_id)
+    assert (run.info.status, run.info.end_time) == ("FINISHED", before.end_time)
+    assert run.data.metrics["test/em"] == 40 and run.data.tags["mlflow.note.content"] == "EM 40.0"
+    (model,) = client.search_logged_models([run.info.experiment_id])
+    assert {one.value for one in model.metrics if one.key == "test/em"} == {40.0, 50.0}
+    (version,) = client.search_model_versions("name = 'demo'")
+    assert version.description == "EM 40.0"
+    children = [one for one in runs(client) if one.data.tags.get("mlflow.parentRunId") == run.info.run_id]
+    found = sorted((one.data.params["evaluate.num_beams"], one.data.metrics["test/em"]) for one in children)
+    assert found == [("1", 40.0)] * 3 + [("4", 50.0)]
+    assert all(one.info.status == "FINISHED" for one in children)
+
+
+def test_an_evaluation_of_what_was_trained_elsewhere_makes_one_run_that_is_not_empty(root, capsys):
+    trained = {
+        "run_id": "0" * 32, "experiment": EXPERIMENT, "fingerprint": "f", "name": "theirs", "params": {"train.seed": "1"},
+        "metrics": {"model/validation_loss": 2.5},
+    }  # fmt: skip
+    for em in (10.0, 20.0):
+        with tracking.reopen_trained(root, trained) as tracker:
+            tracker.log_metrics({"test/em": em})
+    (run,) = runs(local_client(root))
+    assert run.info.run_name == "theirs" and run.info.status == "FINISHED"
+    assert run.data.params == {"train.seed": "1"}
+    assert run.data.metrics == {"model/validation_loss": 2.5, "test/em": 20.0}
+    assert capsys.readouterr().err.count("is not in this MLflow") == 1
+
+
+def test_a_resumed_training_takes_the_name_of_its_new_experiment(root):
+    start(root, name="first").close("KILLED")
+    with start(root, name="second") as tracker:
+        pass
+    (run,) = runs(local_client(root))
+    assert run.info.run_id == tracker.run_id and run.info.run_name == "second"
+
+
+def test_the_pages_open_on_the_experiments_runs():
+    from stages.tracking.ui import address, free_port
+
+    assert address("http://127.0.0.1:5000", "7").startswith(
+        "http://127.0.0.1:5000/#/experiments/7/runs?workflowType=machine_"
+    )
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert free_port(taken.getsockname()[1]) > taken.getsockname()[1]

@@ -1,0 +1,26 @@
+"""A run in a few lines of Markdown, as MLflow shows them: losses, scores, verdicts."""
+
+from stages.verdicts.sign import Verdicts
+
+
+def training_text(metrics: dict[str, float], verdicts: Verdicts) -> str:
+    """Of a training's summary."""
+    return (
+        f"Validation loss **{metrics['val_loss_per_sequence']:.3f}** nats a question at step {metrics['kept_step']:.0f}, "
+        f"which is kept ({metrics['val_loss_before_training']:.3f} before training, "
+        f"{metrics['last_val_loss_per_sequence']:.3f} at the end); {metrics['steps']:.0f} steps, "
+        f"{metrics['questions_seen']:.0f} questions, {metrics['training_seconds']:.0f} s.\n\n```\n{verdicts.text}\n```"
+    )
+
+
+def evaluation_text(metrics: dict[str, float], split: str, verdicts: Verdicts) -> str:
+    """Of an evaluation; what was not measured is left out."""
+    names = {
+        "recall_at_1": "recall@1", "recall_at_5": "recall@5", "answer_recall_at_5": "answer recall@5",
+        "oracle_em": "EM with the gold passage", "closed_book_em": "EM without a passage",
+    }  # fmt: skip
+    more = ", ".join(f"{said} {metrics[name]:.1f}" for name, said in names.items() if name in metrics)
+    return (
+        f"EM **{metrics['em']:.1f}**, F1 **{metrics['f1']:.1f}** on {metrics['questions']:.0f} {split} questions; {more}."
+        f"\n\n```\n{verdicts.text}\n```"
+    )
