@@ -40,7 +40,7 @@ def register(client: MlflowClient, experiment_id: str, run_id: str, entry: dict,
     if model.model_id not in [one.model_id for one in (run.outputs.model_outputs if run.outputs else [])]:
         client.log_outputs(run_id, [entities.LoggedModelOutput(model.model_id, entry["step"])])
     log_once(client, run, model, {**entry, "step": 0})  # MLflow draws a bar; a single point of a curve says nothing
-    _register_version(client, model.model_id, run_id, entry)
+    _register_version(client, model, run_id, entry)
 
 
 def log_once(client: MlflowClient, run, model: entities.LoggedModel | None, entry: dict) -> None:
@@ -123,20 +123,21 @@ def requirements() -> list[str]:
     return found
 
 
-def _register_version(client: MlflowClient, model_id: str, run_id: str, entry: dict) -> None:
+def _register_version(client: MlflowClient, model: entities.LoggedModel, run_id: str, entry: dict) -> None:
     name, alias, trained = entry["registered"], entry["alias"], str(entry["time"])
     try:
         client.create_registered_model(name, description=entry["about"])
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    source = f"models:/{model_id}"
+    # Not models:/m-..., which a local store looks up in the process's global store, whatever store the client has.
+    source = model.artifact_location
     known = [one for one in client.search_model_versions(f"name = '{name}'") if one.source == source]
     if known:
         number = known[0].version
     else:
         number = client.create_model_version(
-            name, source, run_id, description=entry["description"], model_id=model_id
+            name, source, run_id, description=entry["description"], model_id=model.model_id
         ).version
     client.set_model_version_tag(name, number, TRAINED, trained)
     # A journal that waited must not take the alias from what was trained after it.

@@ -158,9 +158,9 @@ def check_everything(client, run_id, folder):
     assert [(one.key, one.value, one.step) for one in model.metrics] == [("model/validation_loss", 1.5, 0)]
     assert values(client, run_id, "model/validation_loss") == [(0, 1.5)]
     (version,) = client.search_model_versions("name = 'demo'")
-    assert version.source == f"models:/{model.model_id}" and version.run_id == run_id
+    assert version.source == model.artifact_location and version.run_id == run_id
     assert client.get_model_version_by_alias("demo", "new").version == version.version
-    parts = folder / "mlartifacts" / "models" / model.model_id / "artifacts" / "data" / "parts"
+    (parts,) = folder.rglob(f"{model.model_id}/artifacts/data/parts")
     assert (parts / "model/weights.bin").read_text() == "first" and (parts / "params.yaml").read_text() == "step: 4"
     assert not list(folder.glob("*.files")), "what was sent goes away"
     assert [one.model_id for one in run.outputs.model_outputs] == [model.model_id]
@@ -197,15 +197,19 @@ def test_mlflow_tracking_uri_wins(root, monkeypatch, migrated):
     assert run.data.metrics == {"loss": 1.0}
 
 
-def test_artifacts_lie_at_the_root_also_from_a_temp_run(root, monkeypatch):
+def test_artifacts_and_models_lie_at_the_root_also_from_a_temp_run(root, monkeypatch):
     inside = root / ".dvc" / "tmp" / "exps" / "tmp1"
     inside.mkdir(parents=True)
     monkeypatch.chdir(inside)
     monkeypatch.setenv("DVC_ROOT", str(root))
     with start(root_folder()) as tracker:
         tracker.log_text("hello", "hello.txt")
+        register(tracker, inside)
     assert (root / "mlartifacts" / tracker.run_id / "artifacts" / "hello.txt").read_text() == "hello"
-    assert list(inside.iterdir()) == []
+    shutil.rmtree(inside)  # as DVC does
+    (version,) = local_client(root).search_model_versions("name = 'demo'")
+    assert version.run_id == tracker.run_id
+    assert str(inside) not in (root / "journal.jsonl").read_text()
 
 
 @pytest.mark.parametrize("name", ["a b%20ü", "müller", "50%", "a#b", "it's; a+b&c=d", "%2F", "why?"])
@@ -871,7 +875,7 @@ def test_a_model_that_waited_takes_no_alias_from_a_later_one(root, monkeypatch):
     assert client.get_model_version_by_alias("demo", "new").run_id == later.run_id
     early = next(run_id for _, run_id in versions(root) if run_id != later.run_id)
     folder = next(one for one in client.search_model_versions("name = 'demo'") if one.run_id == early)
-    parts = root / "mlartifacts" / "models" / folder.source.removeprefix("models:/") / "artifacts/data/parts"
+    parts = Path(folder.source.removeprefix("file://")) / "data/parts"
     assert (parts / "model/weights.bin").read_text() == "early", "as it was when it was logged"
 
 
