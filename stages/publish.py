@@ -56,9 +56,9 @@ def write(folder: Path, name: str, weights_only: bool) -> None:
 
     Raises ValueError where that would be another training's than the weights are.
     """
-    from stages.evaluation.card import model_card
     from stages.rag.parts import parts
     from stages.storage import manifest
+    from stages.verdicts.card import model_card
 
     if not (MODEL / "run.json").is_file():
         raise ValueError(f"{MODEL}: no trained model; run `dvc repro` (or python -m stages.train) first")

@@ -8,15 +8,11 @@ import pytest
 
 from stages.compare import SWITCHES, draw, old_settings, summarise, value_of, verdict
 from stages.params import Recipe, load_params
-from tests.test_pipeline import project, run  # noqa: F401
+from tests.test_pipeline import mlflow_of, project, run  # noqa: F401
 
 
 def runs_of(folder: Path) -> dict:
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
-    found = client.search_runs([client.get_experiment_by_name("rag-recipes").experiment_id])
-    return {one.info.run_id: one for one in found}
+    return mlflow_of(folder)[1]
 
 
 def test_every_switch_of_a_recipe_is_in_the_ablation():
@@ -96,6 +92,6 @@ def test_a_grid_of_learning_rates_with_two_workers(project):  # noqa: F811
         run(project, "dvc", "queue", "stop", "--kill", check=False)
     new = [one for name, one in runs_of(project).items() if name not in before]
     assert sorted(float(one.data.params["train.learning_rate"]) for one in new) == [1e-5, 3e-5, 5e-5]
-    assert all(one.info.status == "FINISHED" and "test_em" in one.data.metrics for one in new)
+    assert all(one.info.status == "FINISHED" and "test/em" in one.data.metrics for one in new)
     shown = run(project, "dvc", "exp", "show", "--json", "--no-pager").stdout
     assert all(rate in shown for rate in ("1e-05", "3e-05", "5e-05"))

@@ -121,48 +121,143 @@ def test_a_changed_parameter_runs_only_what_depends_on_it(project):
     run(project, "dvc", "checkout")
 
 
-def test_mlflow_has_one_run_with_everything(project):
+def mlflow_of(folder: Path):
+    """A client, and the pipeline's runs: trainings by id, without the evaluations below them."""
     from mlflow import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{project}/mlflow.db")
-    experiment = client.get_experiment_by_name("rag-recipes")
-    runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
-    first = runs[0]
-    assert first.info.status == "FINISHED"
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    found = client.search_runs([client.get_experiment_by_name("rag-recipes").experiment_id])
+    return client, {one.info.run_id: one for one in found if "mlflow.parentRunId" not in one.data.tags}
+
+
+def test_mlflow_has_one_run_with_everything(project):
+    client, trainings = mlflow_of(project)
+    first = min(trainings.values(), key=lambda one: one.info.start_time)
+    experiment = client.get_experiment(first.info.experiment_id)
+    assert first.info.status == "FINISHED" and experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     assert {
-        "train.learning_rate",
-        "recipe.marginalization",
-        "retriever.n_docs",
-        "train.seed",
-    } <= first.data.params.keys()
+        "train.learning_rate", "recipe.marginalization", "retriever.n_docs", "train.seed", "seed", "data.sample.passages",
+        "models.question_encoder", "retriever.steps", "index.factory",
+    } <= first.data.params.keys()  # fmt: skip
     wanted = {
-        "train_loss_per_sequence", "val_loss_per_sequence", "val_loss_per_token", "learning_rate", "gradient_norm",
-        "questions_per_second", "tokens_per_second", "seconds_per_step", "host_wait", "prior_entropy", "distinct_passages",
-        "test_em", "test_f1", "test_recall_at_5",
+        "loss/train", "loss/validation", "loss/validation_per_token", "optimizer/learning_rate", "optimizer/gradient_norm",
+        "speed/questions_per_second", "speed/seconds_per_step", "speed/host_wait", "retrieval/prior_entropy",
+        "retrieval/distinct_passages", "retrieval/warmup_loss", "model/validation_loss", "test/em", "test/f1",
+        "test/recall_at_5",
     }  # fmt: skip
     assert wanted <= first.data.metrics.keys(), wanted - first.data.metrics.keys()
-    assert {"git.commit", "recipe"} <= first.data.tags.keys() | {"git.commit"}
-    assert [point.step for point in client.get_metric_history(first.info.run_id, "val_loss_per_sequence")] == [0, 2, 4]
-    names = {dataset.dataset.name for dataset in first.inputs.dataset_inputs}
-    assert {"passages", "train", "validation"} <= names
+    assert not [
+        name for name in first.data.metrics if name.endswith(("n_docs", "/passages", "micro_batch", "/questions"))
+    ]
+    assert [point.step for point in client.get_metric_history(first.info.run_id, "loss/validation")] == [0, 2, 4]
+    note = first.data.tags["mlflow.note.content"]
+    assert "EM **" in note and "Validation loss **" in note and "good" in note
+    assert first.data.tags["recipe"] == "new"
+    sources = {one.dataset.name: one.dataset for one in first.inputs.dataset_inputs}
+    assert {"passages", "train", "validation"} <= sources.keys()
+    assert all(one.digest in one.source for one in sources.values())
     artifacts = {file.path for file in client.list_artifacts(first.info.run_id)}
     assert {"predictions.json", "signs-train.txt", "signs-evaluate.txt"} <= artifacts
-    models = client.search_logged_models([experiment.experiment_id])
-    assert any(model.source_run_id == first.info.run_id for model in models)
+    children = client.search_runs([experiment.experiment_id], f"tags.mlflow.parentRunId = '{first.info.run_id}'")
+    assert children and all(one.data.params["evaluate.num_beams"] for one in children)
+    assert (project / "tensorboard" / first.info.run_name).is_dir()
+    assert not list((project / ".tracking").glob("*.files"))
+
+
+LOAD = """
+import json, sys
+import mlflow
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model(sys.argv[2])
+rows = model.predict(["In which country is Warsaw Modlin Airport?", "Where is it?"])
+import stages
+print(json.dumps({"rows": rows.to_dict("records"), "code": stages.__file__, "example": model.input_example}))
+"""
+
+
+def test_the_registered_model_answers_as_the_checkout_does_from_any_folder_without_it(project, tmp_path):
+    run(project, "dvc", "repro")
+    asked = run(project, "python", "-m", "stages.ask", "In which country is Warsaw Modlin Airport?").stdout
+    client, _ = mlflow_of(project)
+    version = client.get_model_version_by_alias("rag-recipes", "new")
+    assert version.run_id == json.loads((project / "data/model/run.json").read_text())["run_id"]
+    for name in ("data", "stages"):
+        (project / name).rename(tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    try:
+        uri = f"sqlite:///{project}/mlflow.db"
+        done = run(tmp_path / "empty", sys.executable, "-c", LOAD, uri, "models:/rag-recipes@new")
+    finally:
+        for name in ("data", "stages"):
+            (tmp_path / name).rename(project / name)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert asked.startswith(found["rows"][0]["answer"]) and len(found["rows"]) == 2
+    assert f"probability {found['rows'][0]['probability']:.2f}" in asked
+    passages = found["rows"][0]["passages"]
+    assert len(passages) == 2 and all(one["title"] in asked for one in passages)
+    assert sum(one["prior"] for one in passages) == pytest.approx(1) == sum(one["posterior"] for one in passages)
+    assert "mlartifacts" in found["code"] and found["example"]
+    (model,) = [
+        one for one in client.search_logged_models([client.get_run(version.run_id).info.experiment_id])
+        if one.source_run_id == version.run_id
+    ]  # fmt: skip
+    assert {"model/validation_loss", "test/em", "test/f1"} <= {one.key for one in model.metrics}
+
+
+def test_above_the_limit_only_the_weights_go_to_mlflow_and_a_line_says_so(project):
+    file = project / "params.yaml"
+    before = file.read_text(encoding="utf-8")
+    file.write_text(before.replace("model_gigabytes: 20", "model_gigabytes: 0.04"), encoding="utf-8")
+    try:
+        told = run(project, "dvc", "exp", "run", "-S", "train.seed=21").stdout
+    finally:
+        run(project, "git", "checkout", "-q", ".")
+        run(project, "dvc", "checkout")
+    assert "MLflow gets the weights alone" in told and "tracking.model_gigabytes (0.04)" in told
+    client, _ = mlflow_of(project)
+    version = client.get_model_version_by_alias("rag-recipes", "new")
+    parts = Path(version.source.removeprefix("file://")) / "data/parts"
+    assert sorted(one.name for one in parts.iterdir()) == ["model", "params.yaml"]
+
+
+def test_published_into_a_folder_it_answers_from_there(project, tmp_path):
+    run(project, "dvc", "repro")
+    run(project, "python", "-m", "stages.publish", str(tmp_path / "mine"))
+    card = (tmp_path / "mine/README.md").read_text(encoding="utf-8")
+    trained = json.loads((project / "data/model/run.json").read_text())
+    scores = json.loads((project / "metrics/eval.json").read_text())
+    assert trained["fingerprint"] in card and f"| EM | {scores['em']:.1f} |" in card
+    assert trained["data"][0]["digest"] in card and "| marginalization | sequence |" in card
+    code = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from transformers import RagSequenceForGeneration
+from stages.evaluation.pyfunc import AnsweringModel
+folder = Path(sys.argv[2])
+RagSequenceForGeneration.from_pretrained(folder)
+print(AnsweringModel(folder / "retrieval", model=folder).predict(["Where is it?"]).answer[0])
+"""
+    assert run(tmp_path, sys.executable, "-c", code, str(project), str(tmp_path / "mine")).stdout.strip()
+    again = run(project, "python", "-m", "stages.publish", str(tmp_path / "mine"), check=False)
+    assert again.returncode == 1 and "is not overwritten" in again.stderr
+    params = project / "params.yaml"
+    params.write_text(params.read_text(encoding="utf-8").replace("max_steps: 4", "max_steps: 5"), encoding="utf-8")
+    refused = run(project, "python", "-m", "stages.publish", str(tmp_path / "other"), check=False)
+    assert refused.returncode == 1 and "--weights-only" in refused.stderr and not (tmp_path / "other").exists()
+    run(project, "python", "-m", "stages.publish", "--weights-only", str(tmp_path / "other"))
+    assert "Not evaluated" not in card and "Not evaluated" in (tmp_path / "other/README.md").read_text(encoding="utf-8")
+    run(project, "git", "checkout", "-q", ".")
 
 
 def test_two_ranks_make_one_run(project):
     """`runtime` is no part of the recipe: what two ranks made is found again by one."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{project}/mlflow.db")
-    experiment = client.get_experiment_by_name("rag-recipes").experiment_id
-    before = {one.info.run_id for one in client.search_runs([experiment])}
+    client, before = mlflow_of(project)
     seed = ("-S", "train.seed=14", "-S", "index.batch_tokens=4096")
     output = run(project, "dvc", "exp", "run", "-S", "runtime.processes=2", *seed).stdout
     assert {"encode", "index", "train"} <= set(ran(output)) and output.count("nats a question at step") == 1
     assert json.loads((project / "metrics/train.json").read_text())["questions_seen"] == 16
-    [new] = {one.info.run_id for one in client.search_runs([experiment])} - before
+    [new] = mlflow_of(project)[1].keys() - before.keys()
     assert client.get_run(new).info.status == "FINISHED"
     again = run(project, "dvc", "exp", "run", "-S", "runtime.processes=1", *seed)
     assert ran(again.stdout) == ["inputs"]
@@ -214,18 +309,19 @@ def test_a_wrong_parameter_is_one_line(project):
 
 
 def test_a_temporary_experiment_leaves_its_run_and_can_be_applied(project):
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{project}/mlflow.db")
-    experiment = client.get_experiment_by_name("rag-recipes").experiment_id
-    before = {one.info.run_id for one in client.search_runs([experiment])}
+    _, before = mlflow_of(project)
     run(project, "dvc", "exp", "run", "--temp", "-n", "warm", "-S", "train.max_steps=6")
-    after = {one.info.run_id: one for one in client.search_runs([experiment])}
-    [new] = after.keys() - before
-    assert after[new].info.status == "FINISHED" and "test_em" in after[new].data.metrics
+    client, after = mlflow_of(project)
+    [new] = after.keys() - before.keys()
+    assert after[new].info.status == "FINISHED" and "test/em" in after[new].data.metrics
+    assert after[new].info.run_name == "warm" and (project / "tensorboard/warm").is_dir()
+    version = client.get_model_version_by_alias("rag-recipes", "new")
+    weights = Path(version.source.removeprefix("file://")) / "data/parts/model/model.safetensors"
+    assert version.run_id == new and weights.is_file(), "its own model, at the root"
     run(project, "dvc", "exp", "apply", "warm")
     assert json.loads((project / "data/model/run.json").read_text())["run_id"] == new
     assert json.loads((project / "metrics/train.json").read_text())["steps"] == 6
+    assert weights.read_bytes() == (project / "data/model/model.safetensors").read_bytes()
     run(project, "dvc", "exp", "branch", "warm", "kept")
     assert "kept" in run(project, "git", "branch").stdout
 
