@@ -76,7 +76,7 @@ def write(folder: Path, name: str, weights_only: bool) -> None:
     try:
         shutil.copytree(MODEL, unfinished)
         if not weights_only:
-            needed = parts(MODEL, load_params().retriever.hybrid_depth) | {PARAMS_FILE.name: PARAMS_FILE}
+            needed = parts(MODEL, load_params()) | {PARAMS_FILE.name: PARAMS_FILE}
             for place, source in needed.items():
                 target = unfinished / "retrieval" / place
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -63,7 +63,9 @@ def open_run(
         uri=without_credentials(tracking_uri(root)),
     )
     collectors = (CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor)
-    return Tracker(opened, MlflowRun(opened.state, opened.snapshots, root=root), opening, collectors, system_metrics_seconds)
+    return Tracker(
+        opened, MlflowRun(opened.state, opened.snapshots, root=root), opening, collectors, system_metrics_seconds
+    )
 
 
 def reopen_trained(root: Path, trained: dict) -> Tracker:

@@ -30,7 +30,7 @@ TRACKED = {
     "gradient_norm": "optimizer/gradient_norm",
     "question_encoder_gradient_norm": "optimizer/gradient_norm_question_encoder",
     "context_encoder_gradient_norm": "optimizer/gradient_norm_context_encoder",
-    "reranker_gradient_norm": "optimizer/gradient_norm_reranker",
+    "cross_encoder_gradient_norm": "optimizer/gradient_norm_cross_encoder",
     "skipped_steps": "optimizer/skipped_steps",
     "overflow_steps": "optimizer/overflow_steps",
     "micro_batch": "optimizer/micro_batch",

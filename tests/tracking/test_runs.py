@@ -218,10 +218,13 @@ def test_a_root_with_special_characters(root, name, monkeypatch):
     odd.mkdir()
     shutil.move(root / "mlflow.db", odd / "mlflow.db")
     before = set(root.iterdir())
-    for _ in range(2):
+    for number in range(2):
         with start(odd) as tracker:
             tracker.log_text("hello", "hello.txt")
+            if number:
+                register(tracker, odd)
         assert (odd / "mlartifacts" / tracker.run_id / "artifacts" / "hello.txt").is_file()
+    assert len(list((odd / "mlartifacts/models").rglob("parts/model/weights.bin"))) == 1
     assert set(root.iterdir()) == before  # no stray folder of an encoded name
     client = MlflowClient(tracking_uri(odd))
     assert len(runs(client)) == 2
@@ -236,10 +239,11 @@ def test_a_root_with_special_characters(root, name, monkeypatch):
 LOG_BEFORE = f"""
 from pathlib import Path
 from stages.tracking.runs import open_run
+from tests.tracking.test_runs import register
 root = Path.cwd()
 with open_run(root, "{EXPERIMENT}", None, None, root / ".tracking/train.jsonl", None) as tracker:
     tracker.log_text("before", "before.txt")
-    tracker.register_checkpoint("step 1", root / "step-1", 1, {{}}, {{}})
+    register(tracker, root)
 print(tracker.run_id)
 """
 
@@ -271,6 +275,9 @@ def test_a_repository_that_was_moved_or_copied_keeps_its_artifacts_with_it(root,
     assert (new / "mlartifacts" / another.run_id / "artifacts" / "after.txt").is_file()
     (model,) = client.search_logged_models([runs(client)[0].info.experiment_id])
     assert model.artifact_location.startswith((new / "mlartifacts").as_uri())
+    (version,) = client.search_model_versions("name = 'demo'")
+    assert version.source == model.artifact_location
+    assert client.get_model_version_download_uri("demo", version.version) == model.artifact_location
     assert client.get_experiment_by_name("elsewhere").artifact_location == elsewhere
     assert old.exists() == copied and not list(root.glob("old*/**/after.txt"))
 
