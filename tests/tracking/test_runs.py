@@ -206,6 +206,7 @@ def test_artifacts_and_models_lie_at_the_root_also_from_a_temp_run(root, monkeyp
         tracker.log_text("hello", "hello.txt")
         register(tracker, inside)
     assert (root / "mlartifacts" / tracker.run_id / "artifacts" / "hello.txt").read_text() == "hello"
+    monkeypatch.chdir(root)
     shutil.rmtree(inside)  # as DVC does
     (version,) = local_client(root).search_model_versions("name = 'demo'")
     assert version.run_id == tracker.run_id
