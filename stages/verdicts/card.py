@@ -18,7 +18,7 @@ from pathlib import Path
 
 from stages.evaluation.pyfunc import AnsweringModel
 
-folder = Path("{name}")                         # downloaded: hf download {name} --local-dir {short}
+folder = Path("{short}")  # on the hub: hf download {name} --local-dir {short}
 model = AnsweringModel(folder / "retrieval", model=folder)
 print(model.predict(["your question"]))
 ```

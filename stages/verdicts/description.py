@@ -6,7 +6,7 @@ from stages.verdicts.sign import Verdicts
 def training_text(metrics: dict[str, float], verdicts: Verdicts) -> str:
     """Of a training's summary."""
     return (
-        f"Validation loss **{metrics['val_loss_per_sequence']:.3f}** nats a question at step {metrics['kept_step']:.0f}, "
+        f"Validation loss {metrics['val_loss_per_sequence']:.3f} nats a question at step {metrics['kept_step']:.0f}, "
         f"which is kept ({metrics['val_loss_before_training']:.3f} before training, "
         f"{metrics['last_val_loss_per_sequence']:.3f} at the end); {metrics['steps']:.0f} steps, "
         f"{metrics['questions_seen']:.0f} questions, {metrics['training_seconds']:.0f} s.\n\n```\n{verdicts.text}\n```"
@@ -21,6 +21,6 @@ def evaluation_text(metrics: dict[str, float], split: str, verdicts: Verdicts) -
     }  # fmt: skip
     more = ", ".join(f"{said} {metrics[name]:.1f}" for name, said in names.items() if name in metrics)
     return (
-        f"EM **{metrics['em']:.1f}**, F1 **{metrics['f1']:.1f}** on {metrics['questions']:.0f} {split} questions; {more}."
+        f"EM {metrics['em']:.1f}, F1 {metrics['f1']:.1f} on {metrics['questions']:.0f} {split} questions; {more}."
         f"\n\n```\n{verdicts.text}\n```"
     )
