@@ -50,11 +50,10 @@ class AnsweringModel:
         places = index_folders(model, folder / "index", folder / "vectors")
         device = torch.device("cuda" if use_cuda else "cpu")
         self.passages = read_rows(folder / "prepared" / "passages.arrow")
-        named = self.params.models.reranker
         self.rag = open_rag_on(
             load_rag_parts(model), places, folder / "tokens", self.params, device,
             load_prior(model, self.params.retriever),
-            reranker=load_reranker(folder / "reranker", named, len(self.passages), model / "reranker"),
+            reranker=load_reranker(folder / "reranker", self.params.models.reranker, model / "reranker"),
         )  # fmt: skip
         self.rag.eval()
 
