@@ -8,7 +8,9 @@ answer's probability came from it.
 """
 
 import argparse
+import os
 import sys
+import unicodedata
 from pathlib import Path
 
 from stages.machine.devices import prepare_torch
@@ -36,6 +38,7 @@ def main() -> None:
     from stages.rag.folder import load_rag_parts
     from stages.rag.model import open_rag_on
     from stages.rag.prior import load_prior
+    from stages.reading.text_files import decoded
     from stages.search.passage_index import index_folders
     from stages.search.reranking import load_reranker
 
@@ -48,6 +51,7 @@ def main() -> None:
     rag.eval()
 
     def show(question: str) -> None:
+        question = unicodedata.normalize("NFC", question)
         hits = find_hits(LEXICAL, [question], params.retriever.hybrid_depth)
         examples = rag.examples([question], [""], hits).to(device)
         found = retrieve(rag, examples, rag.n_docs, 1)
@@ -63,14 +67,14 @@ def main() -> None:
             print(f"{passage['prior']:5.2f}  {passage['posterior']:9.2f}  {passage['title']}: {shown}")
 
     if arguments.question:
-        show(" ".join(arguments.question))
+        show(decoded("the question", 1, os.fsencode(" ".join(arguments.question))))
         return
     if sys.stdin.isatty():
         print("A question a line; end with Ctrl-D.")
-    for line in sys.stdin:
-        if line.strip():
-            show(line.strip())
-            print()
+    for number, raw in enumerate(sys.stdin.buffer, 1):
+        if line := decoded("standard input", number, raw).strip():
+            show(line)
+            print(flush=True)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def main() -> None:
     device = prepare_torch(params.runtime)
     from stages.bm25.hits import read_hits
     from stages.compute.precision import cast_weights, generator_dtype
-    from stages.corpus.arrow import gold_rows, read_rows, replacing
+    from stages.corpus.arrow import check_answered, gold_rows, read_rows, replacing
     from stages.evaluation.answering import evaluate
     from stages.rag.folder import load_rag_parts
     from stages.rag.model import open_rag_on
@@ -54,13 +54,16 @@ def main() -> None:
     )  # fmt: skip
     cast_weights(rag.generator_model, dtype)  # retrieval stays in fp32
     questions = read_rows(PREPARED / f"{settings.split}.arrow")
+    check_answered(questions, f"{PREPARED / settings.split}.arrow")
     hits = read_hits(LEXICAL, settings.split, params.retriever.hybrid_depth, len(questions), len(passages))
     if settings.num_samples:
         questions = questions.select(range(min(settings.num_samples, len(questions))))
         hits = hits and hits.select(slice(len(questions)))
 
     golds = gold_rows(questions, passages)
-    metrics, predictions = evaluate(rag, questions, passages, golds, settings, params.recipe.marginalization, hits)
+    metrics, predictions = evaluate(
+        rag, questions, passages, golds, settings, params.recipe.marginalization, hits, params.data.language
+    )
     verdicts = evaluation_signs(metrics, params.signs)
 
     manifest.write_metrics(METRICS, metrics)

@@ -36,10 +36,16 @@ def main() -> None:
         write_json(INPUTS / f"{name}.json", entries)
 
 
-def files_of(data: Data) -> dict[str, str]:
+def files_of(data: Data) -> dict[str, str | list[str]]:
     """The paths that the chosen source reads, by the parameter that names them."""
     if data.source == "files":
-        return {f"data.files.{split}": name for split, name in data.files.model_dump().items() if name}
+        sections = {"files": data.files, "qrels": data.qrels}
+        return {
+            f"data.{section}.{split}": names
+            for section, splits in sections.items()
+            for split, names in splits.model_dump().items()
+            if names
+        }
     if data.source == "nq":
         named = {"data.nq.questions": data.nq.questions, "data.nq.passages": data.nq.passages}
         return {key: name for key, name in named.items() if find(name).is_dir()}  # else a hub name with its revision

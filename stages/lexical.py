@@ -27,18 +27,19 @@ def main() -> None:
     work.mkdir(parents=True)
     metrics = {"depth": depth}
     if depth:
-        metrics |= find_hits(work, depth, params.runtime.threads or len(allowed_cores()))
+        processes = params.runtime.threads or len(allowed_cores())
+        metrics |= find_hits(work, depth, processes, params.data.language)
 
     from stages.bm25.hits import DEPTH
     from stages.storage import manifest
 
-    manifest.write_json(work / DEPTH, {"depth": depth})
+    manifest.write_json(work / DEPTH, {"depth": depth, "language": params.data.language})
     manifest.record_folder(work)
     manifest.put_in_place(work, LEXICAL)
     manifest.write_metrics(METRICS, metrics)
 
 
-def find_hits(folder: Path, depth: int, processes: int) -> dict[str, float]:
+def find_hits(folder: Path, depth: int, processes: int, language: str) -> dict[str, float]:
     """Writes every split's hits; returns how often a gold passage of the test questions is among the first k, in percent.
 
     Of test questions none of which names a gold passage there is nothing to return.
@@ -53,8 +54,8 @@ def find_hits(folder: Path, depth: int, processes: int) -> dict[str, float]:
     splits = {name: read_rows(PREPARED / f"{name}.arrow") for name in ("train", "validation", "test")}
     questions = [question for rows in splits.values() for question in rows["question"]]
     (folder / "index").mkdir()
-    shards = lexical_search.save(lexical_search.shards_of(passages, K1, B), folder / "index")
-    rows, scores = lexical_search.search(shards, questions, depth, processes)
+    shards = lexical_search.save(lexical_search.shards_of(passages, K1, B, language=language), folder / "index")
+    rows, scores = lexical_search.search(shards, questions, depth, processes, language)
     ends = np.cumsum([len(split) for split in splits.values()])[:-1]
     for name, some, their_scores in zip(splits, np.split(rows, ends), np.split(scores, ends), strict=True):
         np.save(folder / f"{name}_rows.npy", some.astype(np.int32))

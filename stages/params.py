@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 PARAMS_FILE = Path("params.yaml")
 
@@ -18,6 +18,10 @@ Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(min_length=1)]
+# One path or several; YAML may hold a text or a list.
+Names = Annotated[
+    list[Name], BeforeValidator(lambda names: [names] if isinstance(names, str | int) else names), Field(min_length=1)
+]
 
 
 class Section(BaseModel):
@@ -32,10 +36,24 @@ class Sample(Section):
 
 
 class Files(Section):
-    train: Name | None
-    validation: Name | None
-    test: Name | None
-    passages: Name | None
+    train: Names | None
+    validation: Names | None
+    test: Names | None
+    passages: Names | None
+
+
+class Qrels(Section):
+    train: Names | None
+    validation: Names | None
+    test: Names | None
+
+
+class Tables(Section):
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None
+    question_columns: Annotated[list[Name], Field(min_length=1)] | None
+    passage_columns: Annotated[list[Name], Field(min_length=1)] | None
+    quoting: bool | None
+    separator: Name | None
 
 
 class Fields(Section):
@@ -70,9 +88,16 @@ class Nq(Section):
 
 class Data(Section):
     source: Literal["sample", "files", "nq"]
+    # YAML 1.1 reads Norwegian's code as false.
+    language: Annotated[
+        str, BeforeValidator(lambda code: "no" if code is False else code), Field(pattern="^[a-z]{2,3}$")
+    ]
     sample: Sample
     files: Files
+    qrels: Qrels
+    tables: Tables
     fields: Fields
+    unanswerable: Name | None
     shares: Shares
     positives: Positives
     max_unusable: Share
@@ -84,12 +109,11 @@ class Data(Section):
             for split in ("train", "passages"):
                 if getattr(self.files, split) is None:
                     raise ValueError(f"data.files.{split}: missing; data.source: files needs its path")
-            named = [name for name in self.files.model_dump().values() if name]
-            if len(set(named)) < len(named):
-                twice = next(name for name in named if named.count(name) > 1)
-                raise ValueError(
-                    f"data.files: {twice} is named twice; what is trained on cannot be what is measured on"
-                )
+            for split, name in self.qrels.model_dump().items():
+                if name and not getattr(self.files, split):
+                    raise ValueError(
+                        f"data.qrels.{split}: {', '.join(name)}, but data.files.{split} names no questions"
+                    )
             if self.shares.validation + self.shares.test >= 1:
                 raise ValueError("data.shares: validation and test together must leave something to train on")
         return self

@@ -14,6 +14,7 @@ from stages.machine.stage_params import stage_params
 
 PREPARED, POSITIVES = Path("data/prepared"), Path("data/positives")
 SPLITS = ("train", "validation")
+FEW = 0.1  # share of the questions with a positive below which something is probably wrong
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
     wanted = settings.depth and (retriever.steps or retriever.hard_negatives.count or reranker_learns)
     with replacing(POSITIVES) as (folder,):
         for split in SPLITS:
-            rows = search(split, settings, params.runtime) if wanted else []
+            rows = search(split, settings, params.runtime, params.data.language) if wanted else []
             write_rows(folder / f"{split}.arrow", FOUND, rows)
     if not wanted:
         print("no positives are searched for: no warm-up reads them, or data.positives.depth is 0")
@@ -34,21 +35,28 @@ def main() -> None:
         print(f"questions with a positive by answer: {counts}")
 
 
-def search(split: str, settings, runtime) -> list[dict]:
+def search(split: str, settings, runtime, language: str) -> list[dict]:
     """{question, passage} rows of the questions that get a positive, at most settings.questions of them searched for."""
     from stages.bm25.positives import find_positives
     from stages.corpus.arrow import read_rows
     from stages.machine.devices import free_cores
 
     questions = read_rows(PREPARED / f"{split}.arrow")
-    lacking = [row for row, named in enumerate(questions["positive_ids"]) if not named][: settings.questions]
+    pairs = zip(questions["positive_ids"], questions["answers"], strict=True)
+    lacking = [row for row, (named, answers) in enumerate(pairs) if answers and not named][: settings.questions]
     if not lacking:
         return []
     passages, chosen = read_rows(PREPARED / "passages.arrow"), questions.select(lacking)
     processes = runtime.threads or free_cores()
-    found = find_positives(
-        passages, list(chosen["question"]), list(chosen["answers"]), settings.depth, processes
-    ).tolist()
+    asked, answers = list(chosen["question"]), list(chosen["answers"])
+    found = find_positives(passages, asked, answers, settings.depth, processes, language).tolist()
+    count = sum(hit >= 0 for hit in found)
+    if count < FEW * len(found):
+        row = found.index(-1)
+        print(
+            f"warning: an answer stands in what BM25 finds for {count} of {len(found)} {split} questions, not for e.g. "
+            f"{asked[row][:100]!r} with {answers[row][:3]}; are answers worded as in the passages, is data.language right?"
+        )
     return [{"question": row, "passage": hit} for row, hit in zip(lacking, found, strict=True) if hit >= 0]
 
 

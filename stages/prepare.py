@@ -17,7 +17,9 @@ def main() -> None:
     params = stage_params("prepare")
     from stages.corpus.arrow import PASSAGES, QUESTIONS, read_rows, replacing, write_rows
     from stages.reading import airports, files, natural_questions
-    from stages.reading.rows import PassageIds, columns_of, keep_known, read_passages, read_questions
+    from stages.reading.judgements import read_judgements
+    from stages.reading.passage_ids import PassageIds, settle
+    from stages.reading.rows import columns_of, named_passages, read_passages, read_questions
     from stages.reading.splits import leaks, split_questions
     from stages.reading.unusable_rows import Report
 
@@ -28,24 +30,29 @@ def main() -> None:
             passages, questions = airports.render_sample(**data.sample.model_dump(), seed=params.seed)
             write_rows(prepared / "passages.arrow", PASSAGES, passages)
         else:
-            columns = columns_of(data.fields)
             tables = (
-                files.open_tables(data.files, columns)
+                files.open_tables(data.files, data.qrels, data.tables, columns_of(data.fields))
                 if data.source == "files"
                 else natural_questions.open_tables(data.nq)
             )
             corpus = tables.pop("passages")
-            given = {split: read_questions(table, data.fields, split, report) for split, table in tables.items()}
+            given = {}
+            for split, its_files in tables.items():
+                qrels = getattr(data.qrels, split) if data.source == "files" else None
+                given[split] = read_questions(
+                    its_files, data.fields, split, report, separator=data.tables.separator, unanswerable=data.unanswerable,
+                    judged=read_judgements(qrels, f"data.qrels.{split}") if qrels else None,
+                )  # fmt: skip
             questions = split_questions(given, data.shares, params.seed)
             for line in leaks(questions):
                 print(line)
             every = [question for rows in questions.values() for question in rows]
 
-            ids = PassageIds(name for question in every for name in question["positive_ids"])
-            passages = ids.watch(read_passages(corpus, data.fields, bool(ids.wanted), report))
+            ids = PassageIds(positive for question in every for positive in question["positives"])
+            passages = ids.watch(read_passages(corpus, data.fields, ids, report))
             write_rows(prepared / "passages.arrow", PASSAGES, passages)
-            ids.check_unique(corpus, data.fields)
-            keep_known(every, ids.found, report)
+            ids.check_unique(named_passages(corpus, data.fields))
+            settle(every, ids, report)
 
             if report.counts:
                 print(f"{report.counts.total()} rows cannot be used, listed in {UNUSABLE}")

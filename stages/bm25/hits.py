@@ -60,7 +60,8 @@ def find_hits(folder: Path, questions: list[str], depth: int) -> Hits | None:
     )
 
     check(folder, depth, None)
-    rows, scores = lexical_search.search(lexical_search.load(folder / "index"), questions, depth)
+    language = json.loads((folder / DEPTH).read_text(encoding="utf-8"))["language"]
+    rows, scores = lexical_search.search(lexical_search.load(folder / "index"), questions, depth, language=language)
     return Hits(torch.from_numpy(rows), torch.from_numpy(scores))
 
 

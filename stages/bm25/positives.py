@@ -18,14 +18,16 @@ _passages: Dataset | None = None  # what forked processes share
 
 
 def find_positives(
-    passages: Dataset, questions: list[str], answers: list[list[str]], depth: int, processes: int = 1
-) -> np.ndarray:
+    passages: Dataset, questions: list[str], answers: list[list[str]], depth: int, processes: int = 1,
+    language: str = "en",
+) -> np.ndarray:  # fmt: skip
     """For each of Q questions the row of its best hit, among `depth`, that contains an answer: int64 [Q], -1 for none.
 
     More than one process: the questions are dealt out to forks of this one.
     """
     global _passages
-    hits, _ = lexical_search.search(lexical_search.shards_of(passages), questions, depth, processes)
+    shards = lexical_search.shards_of(passages, language=language)
+    hits, _ = lexical_search.search(shards, questions, depth, processes, language)
     tasks = [
         (hits[at : at + QUESTIONS_A_TASK], answers[at : at + QUESTIONS_A_TASK])
         for at in range(0, len(hits), QUESTIONS_A_TASK)

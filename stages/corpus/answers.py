@@ -11,27 +11,49 @@ import regex
 if TYPE_CHECKING:
     from datasets import Dataset  # to ask a question takes no second for it
 
+from stages.corpus.words import class_of, spaced
+
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
+# Of MLQA's evaluation script, which has them for its languages alone; Arabic's is taken off wherever it stands.
+ARTICLES_OF = {
+    "ar": re.compile(r"\sال^|ال"),
+    "de": re.compile(r"\b(ein|eine|einen|einem|eines|einer|der|die|das|den|dem|des)\b"),
+    "en": ARTICLES,
+    "es": re.compile(r"\b(un|una|unos|unas|el|la|los|las)\b"),
+    "vi": re.compile(r"\b(của|là|cái|chiếc|những)\b"),
+}
+UNICODE_PUNCTUATION = re.compile(f"[{class_of('P')}{re.escape(string.punctuation)}]")
 WORD = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
 HITS_A_READ = 20_000  # passages of a hundred words: 20 MB
 
 
-def normalize_answer(text: str) -> str:
-    """Lower-cased `text` without ASCII punctuation and English articles, spaces collapsed.
+def normalize_answer(text: str, language: str = "en") -> str:
+    """Lower-cased `text` without punctuation and articles, spaces collapsed; NFC and NFD are the same.
 
-    The order (lower, punctuation, articles, spaces) is that of the SQuAD 1.1 evaluation script: 'U.S.' becomes 'us'.
+    English: ASCII punctuation and a, an, the, in the order (lower, punctuation, articles, spaces) of the SQuAD 1.1
+    evaluation script: 'U.S.' becomes 'us'. Other languages: Unicode's punctuation and the language's articles, as MLQA's.
     """
-    return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
+    text = unicodedata.normalize("NFC", text).lower()
+    if language == "en":
+        return " ".join(ARTICLES.sub(" ", text.translate(PUNCTUATION)).split())
+    text = UNICODE_PUNCTUATION.sub("", text)
+    return " ".join((ARTICLES_OF[language].sub(" ", text) if language in ARTICLES_OF else text).split())
+
+
+def answer_words(text: str, language: str = "en") -> list[str]:
+    """The words that F1 counts: of the normalised text, characters where a script knows no spaces (as MLQA's scorer)."""
+    return spaced(normalize_answer(text, language)).split()
 
 
 def words_of(text: str) -> str:
     """The words of `text`, lower-cased, each between blanks, so that words follow words where text stands in text.
 
     A word is a run of letters, digits and marks, or any other one character that is neither blank nor control character,
-    in Unicode's normal form D: DPR's SimpleTokenizer (Karpukhin et al. 2020, dpr/utils/tokenizers.py).
+    in Unicode's normal form D: DPR's SimpleTokenizer (Karpukhin et al. 2020, dpr/utils/tokenizers.py). Where a script knows
+    no spaces, every character is a word (words.py).
     """
-    return f" {' '.join(WORD.findall(unicodedata.normalize('NFD', text)))} ".lower()
+    return f" {' '.join(WORD.findall(unicodedata.normalize('NFD', spaced(text))))} ".lower()
 
 
 def contains_answer(text: str, answers: Iterable[str]) -> bool:

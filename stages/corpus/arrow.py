@@ -96,6 +96,16 @@ def gold_rows(questions: "Dataset", passages: "Dataset") -> list[list[int]]:
     return [[position[name] for name in names if name in position] for names in named]
 
 
+def check_answered(questions: "Dataset", name: str) -> None:
+    """Raises ValueError where questions have no answers: retrieval can be trained and measured by their passages alone."""
+    without = sum(not answers for answers in questions["answers"])
+    if without:
+        raise ValueError(
+            f"{name}: {without} of {len(questions)} questions have no answer, which a generator needs; the retriever is "
+            "trained and measured without: `dvc repro index lexical`, then `python -m stages.recall`"
+        )
+
+
 def own_rows(questions: "Dataset", found: "Dataset", passages: "Dataset") -> list[list[int]]:
     """What a warm-up reads: `gold_rows`, and for who names none the passage that was `found` by its answer, if any was."""
     by_answer = dict(zip(found["question"], found["passage"], strict=True))

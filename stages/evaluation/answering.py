@@ -92,6 +92,7 @@ def evaluate(
     settings: Evaluate,
     marginal: str,
     hits: Hits | None = None,
+    language: str = "en",
 ) -> tuple[dict[str, float], list[dict]]:
     """Scores in percent over all questions, and a row a question for the predictions file.
 
@@ -125,12 +126,14 @@ def evaluate(
     by_string = list(hits_with_answers(passages, found_rows, golds))
     gold_known = [golds[index] for index in known]
     metrics = {
-        **_mean_scores([answer.text for answer in answers], golds, ""),
+        **_mean_scores([answer.text for answer in answers], golds, "", language),
         **recalls(by_id, RECALL_DEPTHS),
         **recalls(by_string, RECALL_DEPTHS, "answer_"),
-        **_mean_scores([answer.text for answer in oracle], gold_known, "oracle_"),
-        **_mean_scores([answer.text for answer in closed], golds, "closed_book_"),
-        **_mean_scores([closed[index].text for index in known], gold_known, "closed_book_", "_of_oracle_questions"),
+        **_mean_scores([answer.text for answer in oracle], gold_known, "oracle_", language),
+        **_mean_scores([answer.text for answer in closed], golds, "closed_book_", language),
+        **_mean_scores(
+            [closed[index].text for index in known], gold_known, "closed_book_", language, "_of_oracle_questions"
+        ),
         "questions": len(questions),
         "questions_with_gold_passage": len(known),
         "questions_without_passages": int((rows < 0).all(1).sum()),
@@ -144,8 +147,8 @@ def evaluate(
             "question": questions[index]["question"],
             "answers": golds[index],
             "prediction": given.text,
-            "em": scoring.exact_match(given.text, golds[index]),
-            "f1": scoring.f1(given.text, golds[index]),
+            "em": scoring.exact_match(given.text, golds[index], language),
+            "f1": scoring.f1(given.text, golds[index], language),
             "log_prob": given.log_prob,
             "passages": passages_of(given, prior[index], texts[index]),
         }
@@ -164,11 +167,13 @@ def passages_of(given: Answer, prior: Tensor, texts: list[dict | None]) -> list[
     ]
 
 
-def _mean_scores(predictions: list[str], golds: list[list[str]], prefix: str, suffix: str = "") -> dict[str, float]:
+def _mean_scores(
+    predictions: list[str], golds: list[list[str]], prefix: str, language: str, suffix: str = ""
+) -> dict[str, float]:
     pairs = list(zip(predictions, golds, strict=True))
     if not pairs:
         return {}
     return {
-        f"{prefix}{name}{suffix}": 100.0 * sum(score(*pair) for pair in pairs) / len(pairs)
+        f"{prefix}{name}{suffix}": 100.0 * sum(score(*pair, language) for pair in pairs) / len(pairs)
         for name, score in (("em", scoring.exact_match), ("f1", scoring.f1))
     }

@@ -8,11 +8,12 @@ nq_open/{train,validation}-00000-of-00001.parquet (question, answer) and data/ps
 from functools import partial
 
 from stages.params import Nq
-from stages.reading.files import Rows, Table
+from stages.reading.files import Table
+from stages.reading.json_rows import Rows
 from stages.storage.outside_files import find
 
 
-def open_tables(nq: Nq) -> dict[str, Table]:
+def open_tables(nq: Nq) -> dict[str, list[Table]]:
     """The name and the rows of training questions, test questions and passages.
 
     By convention NQ-open's validation split is what everyone reports on: here it is the test split. Raises ValueError, in
@@ -28,7 +29,7 @@ def open_tables(nq: Nq) -> dict[str, Table]:
         name, revision = getattr(nq, what), getattr(nq, f"{what}_revision")
         folder = find(name)
         base = str(folder) if folder.is_dir() else f"hf://datasets/{name}@{revision}"
-        tables[split] = Table(f"{base}/{files}", partial(_stream, f"{base}/{files}", f"data.nq.{what}", nq))
+        tables[split] = [Table(f"{base}/{files}", partial(_stream, f"{base}/{files}", f"data.nq.{what}", nq))]
     return tables
 
 

@@ -4,12 +4,26 @@ Relative paths count from the folder of params.yaml. `dvc exp run --temp` and `-
 where files that git does not track are missing: there the path counts from $DVC_ROOT, the repository that the user sees.
 """
 
+import glob
+import re
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
+from typing import NamedTuple
 
 from stages.machine.entry import root_folder
 from stages.storage.hashes import sha256_of
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+# Beside the data in a folder: what `datasets` and repositories keep about it.
+DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+
+
+class OutsideFile(NamedTuple):
+    """A file by the name that parameters, messages and data/inputs have for it, and where it is."""
+
+    name: str
+    path: Path
 
 
 def find(name: str) -> Path:
@@ -32,28 +46,47 @@ def hint(name: str) -> str:
     return f"; there is no folder {name} here, so the hub was asked for it{_nearest(name)}"
 
 
-def find_file(name: str, key: str) -> Path:
-    """The file that the parameter `key` names. Raises ValueError where there is none."""
-    path = find(name)
-    if path.is_dir():
-        raise ValueError(f"{key}: {name} is a folder; name a file in it")
-    _check(path, name, key)
-    return path
+def find_files(names: list[str], key: str, kinds: tuple[str, ...]) -> list[OutsideFile]:
+    """The files behind a path, a glob, a folder or a list of them, in natural order (part-2 before part-10).
+
+    Of a folder those whose names end in one of `kinds`, all of one kind, unhidden; a folder of Dataset.save_to_disk in its
+    own order. Raises ValueError where there is none.
+    """
+    found: list[OutsideFile] = []
+    for name in names:
+        for file in _matching(name, key):
+            found += _inside(file, key, kinds) if file.path.is_dir() else [file]
+    twice = next((file.name for file in found if sum(other.path == file.path for other in found) > 1), None)
+    if twice:
+        raise ValueError(f"{key}: {twice} is named twice")
+    for file in found:
+        refuse_pointer(file.path, key, file.name)
+    return found
 
 
-def describe(name: str, key: str) -> dict:
-    """What is behind a path: {path: {bytes, sha256}} for a file, the same for every file of a folder.
+def refuse_pointer(path: Path, key: str, name: str) -> None:
+    """Raises ValueError for the few lines that Git LFS leaves in place of a file that was not fetched."""
+    if path.stat().st_size < 1024:
+        with open(path, "rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ValueError(
+                    f"{key}: {name} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
+                )
+
+
+def describe(names: str | list[str], key: str) -> dict:
+    """What is behind a path, a glob or a list of them: {path: {bytes, sha256}}, of a folder for every file in it.
 
     Raises ValueError where nothing is there or where it cannot be read.
     """
-    path = find(name)
-    _check(path, name, key)
-    files = [path]
-    if path.is_dir():
-        inside = (file for file in path.rglob("*") if file.is_file())
-        files = sorted(file for file in inside if not any(part[0] == "." for part in file.relative_to(path).parts))
+    found: list[OutsideFile] = []
+    for name in [names] if isinstance(names, str) else names:
+        for file in _matching(name, key):
+            found += _unhidden(file) if file.path.is_dir() else [file]
     try:
-        return {str(Path(name) / file.relative_to(path)): _fingerprint(file) for file in files}
+        for file in found:
+            refuse_pointer(file.path, key, file.name)
+        return {file.name: _fingerprint(file.path) for file in found}
     except OSError as error:
         raise ValueError(f"{key}: {error.filename} cannot be read: {error.strerror}") from None
 
@@ -66,6 +99,55 @@ def describe_model(name: str, key: str) -> dict:
     if find(name).exists() or name.startswith((".", "/", "~", "data/")) or split_revision(name)[0].count("/") > 1:
         return describe(name, key)
     return {name: "hub"}
+
+
+def _matching(name: str, key: str) -> list[OutsideFile]:
+    """What a path or, where nothing is called so, a glob leads to: files and folders."""
+    if find(name).exists() or not glob.has_magic(name):
+        _check(find(name), name, key)
+        return [OutsideFile(name, find(name))]
+    pattern = str(Path(name).expanduser())
+    for root in (Path(), root_folder()):
+        if found := sorted(glob.glob(pattern, root_dir=root, recursive=True), key=_natural):
+            for file in found:
+                _check(root / file, file, key)
+            return [OutsideFile(file, root / file) for file in found]
+    raise ValueError(f"{key}: no file matches {name}; relative paths count from the folder of params.yaml")
+
+
+def _inside(folder: OutsideFile, key: str, kinds: tuple[str, ...]) -> list[OutsideFile]:
+    if (folder.path / "dataset_dict.json").is_file():
+        splits = ", ".join(sorted(inner.name for inner in folder.path.iterdir() if inner.is_dir()))
+        raise ValueError(f"{key}: {folder.name} holds several splits ({splits}); name one, e.g. {folder.name}/train")
+    found = [
+        file
+        for file in _unhidden(folder)
+        if file.path.name.lower().endswith(kinds) and file.path.name not in DESCRIPTIONS
+        and not (file.path.name.startswith(("cache-", "tmp")) and file.path.suffix == ".arrow")
+    ]  # fmt: skip
+    if not found:
+        raise ValueError(f"{key}: {folder.name} is a folder without any of {', '.join(kinds)}")
+    ends = {next(kind for kind in kinds if file.path.name.lower().endswith(kind)) for file in found}
+    if len(ends) > 1:
+        raise ValueError(
+            f"{key}: {folder.name} is a folder of several kinds of files ({', '.join(sorted(ends))}); name those that are "
+            f"meant, e.g. {folder.name}/*{min(ends)}"
+        )
+    return found
+
+
+def _unhidden(folder: OutsideFile) -> list[OutsideFile]:
+    """Every file of a folder and those below it, without what begins with a dot."""
+    inside = (file.relative_to(folder.path) for file in folder.path.rglob("*") if file.is_file())
+    shown = (file for file in inside if not any(part[0] == "." for part in file.parts))
+    return [
+        OutsideFile(str(Path(folder.name) / file), folder.path / file)
+        for file in sorted(shown, key=lambda file: _natural(str(file)))
+    ]
+
+
+def _natural(name: str) -> list:
+    return [int(part) if part.isdecimal() and part.isascii() else part for part in re.split(r"([0-9]+)", name)]
 
 
 def _check(path: Path, name: str, key: str) -> None:

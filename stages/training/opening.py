@@ -10,7 +10,7 @@ from transformers import DPRContextEncoder
 from stages.bm25.hits import read_hits
 from stages.compute import ranks
 from stages.compute.precision import mixed_precision
-from stages.corpus.arrow import read_rows
+from stages.corpus.arrow import check_answered, read_rows
 from stages.encoders.encoder import load_encoder
 from stages.encoders.mining import tokenize_passages
 from stages.generation.lora import add_lora
@@ -104,6 +104,7 @@ def open_examples(params: Params, rag: Rag, rows: dict[str, Dataset]) -> dict[st
     for split in SPLITS:
         some = rows[split]
         hits = read_hits(LEXICAL, split, params.retriever.hybrid_depth, len(some), len(rows["passages"]))
+        check_answered(some, f"{PREPARED / split}.arrow")
         if split == "train" and params.train.answers == "drawn":
             answers = [list(dict.fromkeys(answers)) for answers in some["answers"]]
         else:

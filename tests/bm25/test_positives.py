@@ -86,6 +86,19 @@ def test_questions_that_name_none_get_one_where_a_warm_up_reads_it(project, retr
     assert project(retriever, questions=2)["validation"] == [{"question": row, "passage": 1} for row in (0, 2)]
 
 
+def test_few_positives_are_told_with_an_example(project, capsys, monkeypatch):
+    monkeypatch.setattr(
+        positives, "hits_with_answers", lambda passages, hits, answers: [[False] * len(row) for row in hits]
+    )
+    assert project({"steps": 3})["train"] == []
+    said = capsys.readouterr().out
+    assert (
+        "warning: an answer stands" in said
+        and "0 of 3 train questions" in said
+        and "'Where is the tower?' with ['Oslo']" in said
+    )
+
+
 def test_without_a_warm_up_nothing_is_searched(project, monkeypatch):
     def never(*_):
         raise AssertionError("searched for nobody")
@@ -99,9 +112,9 @@ def test_without_a_warm_up_nothing_is_searched(project, monkeypatch):
 def test_forks_share_the_search_of_the_stage(project, monkeypatch):
     asked = []
 
-    def noted(passages, questions, answers, depth, processes):
+    def noted(passages, questions, answers, depth, processes, language):
         asked.append(processes)
-        return find_positives(passages, questions, answers, depth, processes)
+        return find_positives(passages, questions, answers, depth, processes, language)
 
     monkeypatch.setattr(positives, "find_positives", noted)
     project({"steps": 3})

@@ -51,6 +51,13 @@ def parquet(**columns) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def arrow(**columns) -> bytes:
+    sink, content = pa.BufferOutputStream(), pa.table(columns)
+    with pa.ipc.new_stream(sink, content.schema) as stream:
+        stream.write_table(content)
+    return sink.getvalue().to_pybytes()
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A folder with sound data and the outputs of an earlier run; call it with changed keys of `data`."""
@@ -105,7 +112,7 @@ STRUCTURE = {
     "only blank lines": ("train.jsonl", b"\n  \n\r\n", "train.jsonl: holds no rows"),
     "only a BOM": ("train.jsonl", b"\xef\xbb\xbf", "train.jsonl: holds no rows"),
     "no question field": ("train.jsonl", lines({"q": "Where?", "answers": "a"}),
-                          "train.jsonl:1: no field question; there are: q, answers; set data.fields.question"),
+                          "train.jsonl:1: no field question or query; there are: q, answers; set data.fields.question"),
     "no answers field": ("train.jsonl", lines({"question": "Where?"}), "train.jsonl:1: no field answers or answer or short_"),
     "an array as a row": ("train.jsonl", questions(["Where?", "a"]), "train.jsonl:3: a row must be a JSON object.*list"),
     "a number as a row": ("train.jsonl", questions(7), "train.jsonl:3: a row must be a JSON object.*int"),
@@ -130,7 +137,7 @@ STRUCTURE = {
     "JSON array not closed": ("train.json", b'[{"question": "a", "answers": "b"},\n', "train.json:2: not valid JSON"),
     "JSON array without a comma": ("train.json", b'[{"a": 1}\n{"a": 2}]', "train.json:1: no field|train.json:2: .*expected ','"),
     "JSON array of texts": ("train.json", b'["a", "b"]', "train.json:1: a row must be a JSON object.*str"),
-    "JSON with a rest": ("train.json", b'[{"question": "a", "answers": "b"}]\nrest', "train.json:1: not valid JSON: something"),
+    "JSON with a rest": ("train.json", b'[{"question": "a", "answers": "b"}]\nrest', "train.json:2: not valid JSON: something"),
     "JSON with no rows": ("train.json", b"[]", "train.json: holds no rows"),
     "CSV row too short": ("train.csv", b"question,answer\na,b\nc\n", "train.csv:3: 1 cells where the header has 2"),
     "CSV row too long": ("train.csv", b"question,answer\na,b,c\n", "train.csv:2: 3 cells where the header has 2"),
@@ -138,18 +145,28 @@ STRUCTURE = {
     "CSV stray quote": ("train.csv", b'question,answer\n"a"x,b\n', "train.csv:2: .*quote"),
     "CSV names a column twice": ("train.csv", b"question,question\na,b\n", "train.csv:1: the header names a column twice"),
     "CSV header over two lines": (
-        "train.csv", b'"que\nstion",answer\na,b\n', "train.csv:3: no field question; there are: que stion,"),
+        "train.csv", b'"que\nstion",answer\na,b\n', "train.csv:3: no field question or query; there are: que stion,"),
     "CSV with only a header": ("train.csv", b"question,answer\n", "train.csv: holds no rows"),
-    "CSV with old Mac line ends": ("train.csv", b"question,answer\ra,b\r", "train.csv:1: "),
-    "TSV without a header": ("train.tsv", b"who is it\t['a']\nwho\t['b']\n", "train.tsv:2: no field question; there are: who"),
+    "TSV without a header": ("train.tsv", b"who is it\ta\nwho\tb\n",
+                             "train.tsv:2: no field question or query; there are: who is it, a; .*data.tables.question_columns"),
+    "one column": ("train.csv", b"question+answer\na+b\n", "one column in a table separated by commas.*data.tables.delimiter"),
+    "a cell that swallows rows": ("train.tsv", b'question\tanswer\n"a\tb\nc\td\ne"\tf\n',
+                                  "train.tsv:2: a quoted cell takes in 3 lines.*data.tables.quoting to false"),
+    "a Git LFS pointer": ("train.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+                          "data.files.train: train.jsonl is a Git LFS pointer.*git lfs pull"),
+    "a JSON array over several lines": ("train.jsonl", b'[\n{"question": "a"},\n', "jsonl:1: a JSON array.*name the file .json"),
+    "a JSON array in a line": ("train.jsonl", b'[{"question": "a"}]\n', "jsonl:1: a JSON array.*name the file .json"),
+    "objects over several lines": ("train.jsonl.gz", packed(b'{\n"question": "a"}\n'), "gz:1: an object over.*file .json.gz"),
+    "Arrow cut short": ("train.arrow", arrow(question=["a"], answers=["b"])[:-60], "train.arrow:1: not a sound Arrow file"),
+    "Arrow of other bytes": ("train.arrow", b"nothing of the kind", "train.arrow:1: not a sound Arrow file"),
     "Parquet cut short": ("train.parquet", parquet(question=["a"], answers=["b"])[:-30], "train.parquet:1: not a sound Parq"),
     "Parquet of other bytes": ("train.parquet", b"PAR1 nothing of the kind PAR1", "train.parquet:1: not a sound Parquet"),
     "Parquet without rows": ("train.parquet", parquet(question=pa.array([], pa.string())), "train.parquet: holds no rows"),
     "Parquet without the columns": ("train.parquet", parquet(q=["a"]), "train.parquet:1: no field question"),
-    "an unknown extension": ("train.txt", questions(), "data.files.train: train.txt has an unknown extension.*known are .jsonl"),
+    "an unknown extension": ("train.txt", questions(), "data.files.train: .*train.txt has an unknown ext.*known are .jsonl"),
     "no extension": ("train", questions(), "data.files.train: train has an unknown extension"),
     "packed Parquet": ("train.parquet.gz", b"", "data.files.train: train.parquet.gz has an unknown extension"),
-    "passages: JSON": ("passages.json", b"[]", "data.files.passages: passages.json cannot be streamed"),
+    "passages: JSON": ("passages.json", b"[]", "passages.json: holds no rows"),
     "passages: an id twice": ("passages.jsonl", passages(PASSAGE | {"id": "p0"}),
                               "passages.jsonl:3: passage id 'p0' stands in line 1 already"),
     "passages: no text field": ("passages.jsonl", lines({"id": "p1", "body": "x"}),
@@ -158,7 +175,7 @@ STRUCTURE = {
                                 r"passages.tsv.gz:\d+: the gzip file is cut short"),
     "passages: broken late": ("passages.jsonl", passages(count=3000) + b"{\n", "passages.jsonl:3001: not valid JSON"),
     "passages: no ids, positives named": ("passages.jsonl", lines({"text": "It is in Oslo."}),
-                                          "passages.jsonl:1: no field id, but questions name positive passages"),
+                                          "passages.jsonl:1: no field id, but .* by id, e.g. 'p1'; there are: text"),
 }  # fmt: skip
 
 
@@ -180,7 +197,12 @@ UNUSABLE = {
     "half a surrogate pair": ("train", QUESTION | {"question": "a\ud800"}, "question holds a NUL or half a surrogate"),
     "no answers": ("train", QUESTION | {"answers": []}, "no answer"),
     "blank answers": ("train", QUESTION | {"answers": ["", "  "]}, "no answer"),
-    "answers is an object": ("train", QUESTION | {"answers": {"text": "a"}}, "answers is dict"),
+    "answers is an object": ("train", QUESTION | {"answers": {"start": 3}}, "answers is dict"),
+    "answers is an ambiguous list": (
+        "train",
+        QUESTION | {"answers": "['a' 'b', 'c']"},
+        "answers is ambiguous: a list",
+    ),
     "answers is true": ("train", QUESTION | {"answers": True}, "answers is bool"),
     "an answer is a list": ("train", QUESTION | {"answers": [["a"]]}, "answer is list, not text"),
     "answer too long": ("train", QUESTION | {"answers": ["a" * 1001]}, "answer of 1,001 characters"),
@@ -222,12 +244,18 @@ VALUES = {
     "no passages file": ({"files.passages": None}, "params.yaml: data.files.passages: missing"),
     "an unknown split": ({"files.dev": "dev.jsonl"}, "data.files.dev: unknown key"),
     "a key left out": ({"files.test": KeyError}, "data.files.test: missing; copy its line"),
-    "a path that is a number": ({"files.train": 7}, "data.files.train:.*string"),
+    "a path that is a number": ({"files.train": 7}, "data.files.train.0:.*string"),
     "an empty path": ({"files.train": ""}, "data.files.train"),
-    "one file for two splits": ({"files.test": "train.jsonl"}, "data.files: train.jsonl is named twice"),
+    "one file for two splits": ({"files.test": "./train.jsonl"}, "train.jsonl is the file of data.files.train too"),
+    "one file twice": ({"files.train": ["train.jsonl", "t*.jsonl"]}, "data.files.train: train.jsonl is named twice"),
+    "a glob of nothing": ({"files.train": "shard-*.jsonl"}, "data.files.train: no file matches shard-..jsonl"),
+    "an empty list of files": ({"files.train": []}, "data.files.train"),
+    "judgements of no questions": ({"qrels.test": "test.tsv"}, "data.qrels.test: test.tsv, but data.files.test names no"),
+    "a language in words": ({"language": "German"}, "data.language"),
+    "a delimiter of two": ({"tables.delimiter": "||"}, "data.tables.delimiter"),
     "a file that is not there": ({"files.train": "none.jsonl"}, "data.files.train: none.jsonl not found; relative paths"),
     "validation not there": ({"files.validation": "none.jsonl"}, "data.files.validation: none.jsonl not found"),
-    "a folder": ({"files.passages": "data"}, "data.files.passages: data is a folder"),
+    "a folder": ({"files.passages": "data"}, "data.files.passages: data is a folder without any of"),
     "share of nothing": ({"shares.test": 0}, "data.shares.test:.*greater than 0"),
     "share of everything": ({"shares.validation": 1}, "data.shares.validation:.*less than 1"),
     "shares of more than there is": ({"shares.validation": 0.6, "shares.test": 0.6}, "data.shares: validation and test"),

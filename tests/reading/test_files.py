@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,14 +12,23 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stages.params import Files
-from stages.reading.files import READERS, open_tables, read_file
+from stages.params import Files, Qrels
+from stages.reading import text_files
+from stages.reading.files import KINDS, LEFT_OPEN, open_table, open_tables
+from stages.storage.outside_files import OutsideFile
 
 ROWS = [
     {"id": "1", "question": "Où est-il?", "answers": '["a", "b"]'},
     {"id": "2", "question": 'He said "so",\nthen\tleft', "answers": "c"},
     {"id": "3", "question": "x" * 200_000, "answers": "d"},
 ]
+
+NO_QRELS = Qrels(train=None, validation=None, test=None)
+NAMED = {"id", "question", "answers", "text", "title"}
+
+
+def read_file(path: Path, columns: set[str] = NAMED):
+    return open_table(OutsideFile(str(path), path), "file", columns).read()
 
 
 def table(delimiter: str, **options) -> bytes:
@@ -35,6 +45,13 @@ def parquet(rows) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def arrow(rows, writer) -> bytes:
+    sink, content = pa.BufferOutputStream(), pa.Table.from_pylist(rows)
+    with writer(sink, content.schema) as stream:
+        stream.write_table(content)
+    return sink.getvalue().to_pybytes()
+
+
 WRITTEN = {
     "rows.jsonl": "\n".join(map(json.dumps, ROWS)).encode(),
     "blank lines.jsonl": ("\n\n".join(map(json.dumps, ROWS)) + "\n \n").encode(),
@@ -47,6 +64,13 @@ WRITTEN = {
     "rows.tsv": table("\t"),
     "all quoted.tsv": table("\t", quoting=csv.QUOTE_ALL, lineterminator="\n"),
     "UPPER.CSV": table(","),
+    "tabs under.csv": table("\t"),
+    "semicolons.csv": table(";", quoting=csv.QUOTE_ALL),
+    "bars.csv": table("|", lineterminator="\n"),
+    "bom.csv": b"\xef\xbb\xbf" + table(";"),
+    "excel.csv": b"sep=;\r\n" + table(";"),
+    "array.arrow": arrow(ROWS, pa.ipc.new_stream),
+    "file format.arrow": arrow(ROWS, pa.ipc.new_file),
     "rows.parquet": parquet(ROWS),
 }
 
@@ -54,8 +78,8 @@ WRITTEN = {
 @pytest.mark.parametrize("name", WRITTEN)
 @pytest.mark.parametrize("packed", [False, True])
 def test_what_was_written_is_read(tmp_path, name, packed):
-    if packed and name.endswith(".parquet"):
-        pytest.skip("Parquet packs itself")
+    if packed and name.endswith((".parquet", ".arrow")):
+        pytest.skip("packs itself")
     path = tmp_path / (name + ".gz" * packed)
     path.write_bytes(gzip.compress(WRITTEN[name]) if packed else WRITTEN[name])
     assert [row for _, row in read_file(path)] == ROWS
@@ -90,6 +114,51 @@ def test_files_are_streamed(tmp_path):
         list(rows)
 
 
+@pytest.mark.parametrize("form", ["[{}, ", '{"version": "1.1", "data": [{}, ', "{} "])
+def test_json_of_any_size_is_streamed(tmp_path, monkeypatch, form):
+    """Rows larger than what is read at once, and the first ones before damage further on is seen."""
+    monkeypatch.setattr(text_files, "PIECE", 1000)
+    row = json.dumps({"question": "é" * 1500, "n": 12345, "answers": [{"a": "]}"}] * 20}, ensure_ascii=False, indent=1)
+    path = tmp_path / "rows.json"
+    path.write_text(form.replace("{}", row, 1) + row + "\n, {broken", encoding="utf-8")
+    rows = read_file(path)
+    assert next(rows) == (1, json.loads(row)) and next(rows)[1] == json.loads(row)
+    with pytest.raises(ValueError, match=r"rows.json:\d+: "):
+        list(rows)
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 7, 1000])
+def test_line_ends_at_the_edge_of_what_is_read_at_once(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(text_files, "PIECE", piece)
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\r\n{"a": 2}\r{"a": 3}\n\r\n\n{"a": 4}')
+    assert list(read_file(path)) == [(1, {"a": 1}), (2, {"a": 2}), (3, {"a": 3}), (6, {"a": 4})]
+    path = tmp_path / "rows.json"
+    path.write_bytes('{"version": 2.5, "data": [{"é": 12},\n {"a": []}], "more": {"data": [1]}}\n'.encode())
+    assert list(read_file(path)) == [(1, {"é": 12}), (2, {"a": []})]
+
+
+def test_an_object_that_holds_rows_and_one_that_is_a_row(tmp_path):
+    path = tmp_path / "rows.json"
+    for content, rows in {
+        '{"id": 1, "data": [{"x": 1}]}': [{"id": 1, "data": [{"x": 1}]}],
+        '{"a": 1, "data": []}': [{"a": 1, "data": []}],
+        '{"a": 1, "data": [1, 2]} {"a": 2}': [{"a": 1, "data": [1, 2]}, {"a": 2}],
+        ' {"a": 1, "data": [{"x": 1}, {"x": 2}], "b": 2} ': [{"x": 1}, {"x": 2}],
+    }.items():
+        path.write_text(content)
+        assert [row for _, row in read_file(path)] == rows
+    for content in (
+        '{"data": [{"x": 1}]',
+        '{"data": [{"x": 1}]} 7',
+        '{"data": [{"x": 1} {"x": 2}]}',
+        '{"data": [{"x": 1}], 7}',
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="rows.json:1: not valid JSON"):
+            list(read_file(path))
+
+
 def test_paths_count_from_here_and_in_a_temporary_run_from_the_repository(tmp_path, monkeypatch):
     there, here = tmp_path / "repository", tmp_path / "copy"
     for folder in (there, here):
@@ -98,11 +167,11 @@ def test_paths_count_from_here_and_in_a_temporary_run_from_the_repository(tmp_pa
     files = Files(train="train.jsonl", validation=None, test=None, passages=None)
     monkeypatch.chdir(here)
     with pytest.raises(ValueError, match="data.files.train: train.jsonl not found"):
-        open_tables(files, {"a"})
+        open_tables(files, NO_QRELS, LEFT_OPEN, {"a"})
     monkeypatch.setenv("DVC_ROOT", str(there))
-    assert list(open_tables(files, {"a"})["train"].read()) == [(1, {"a": 1})]
+    assert list(open_tables(files, NO_QRELS, LEFT_OPEN, {"a"})["train"][0].read()) == [(1, {"a": 1})]
     (here / "train.jsonl").write_text('{"a": 2}')
-    assert list(open_tables(files, {"a"})["train"].read()) == [(1, {"a": 2})]
+    assert list(open_tables(files, NO_QRELS, LEFT_OPEN, {"a"})["train"][0].read()) == [(1, {"a": 2})]
 
 
 def parsed_or_refused(path, content: bytes) -> None:
@@ -118,12 +187,12 @@ def parsed_or_refused(path, content: bytes) -> None:
 fuzz = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("kind", KINDS)
 @fuzz
 @given(content=st.binary(max_size=300))
 def test_any_bytes_parse_or_are_refused_in_one_line(tmp_path, kind, content):
     parsed_or_refused(tmp_path / f"rows{kind}", content)
-    if kind != ".parquet":
+    if kind not in (".parquet", ".arrow"):
         parsed_or_refused(tmp_path / f"rows{kind}.gz", content)
 
 
@@ -139,8 +208,10 @@ def test_any_text_of_the_format_s_own_characters(tmp_path, kind, content):
 @fuzz
 @given(where=st.floats(0, 1), byte=st.integers(0, 255), cut=st.floats(0.5, 1))
 def test_a_flipped_byte_and_a_cut_end(tmp_path, name, packed, where, byte, cut):
-    sound = {"rows.parquet": parquet(ROWS[:2])}.get(name, WRITTEN[name][:400])
+    few = {"rows.parquet": parquet(ROWS[:2]), "array.arrow": arrow(ROWS[:2], pa.ipc.new_stream)}
+    sound = few.get(name, WRITTEN[name][:400])
     content = bytearray(gzip.compress(sound) if packed else sound)
     content[int(where * (len(content) - 1))] = byte
-    parsed_or_refused(tmp_path / f"{name}{'.gz' * (packed and not name.endswith('.parquet'))}", bytes(content))
+    packs_itself = name.endswith((".parquet", ".arrow"))
+    parsed_or_refused(tmp_path / f"{name}{'.gz' * (packed and not packs_itself)}", bytes(content))
     parsed_or_refused(tmp_path / name, bytes(content[: int(cut * len(content))]))

@@ -45,10 +45,10 @@ def settings(**changes) -> Nq:
 def test_the_splits_and_all_parts_are_streamed_in_order(hub):
     tables = open_tables(settings())
     assert list(tables) == ["train", "test", "passages"]
-    assert sum(1 for _ in tables["train"].read()) == 50 and sum(1 for _ in tables["test"].read()) == 10
-    lines, rows = zip(*tables["passages"].read(), strict=True)
+    assert sum(1 for _ in tables["train"][0].read()) == 50 and sum(1 for _ in tables["test"][0].read()) == 10
+    lines, rows = zip(*tables["passages"][0].read(), strict=True)
     assert lines == tuple(range(1, 61)) and [row["id"] for row in rows] == [str(i) for i in range(1, 61)]
-    assert next(tables["passages"].read())[1]["text"] == "Tower number0 stands in Oslo."  # from the beginning again
+    assert next(tables["passages"][0].read())[1]["text"] == "Tower number0 stands in Oslo."  # from the beginning again
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_a_local_folder_with_damage(hub, break_it, says):
     break_it(hub)
     tables = open_tables(settings())
     with pytest.raises(ValueError, match=says) as error:
-        for table in tables.values():
+        for [table] in tables.values():
             list(table.read())
     assert "\n" not in str(error.value) and "the folder must have the hub's layout" in str(error.value)
 

@@ -10,18 +10,11 @@ from hypothesis import strategies as st
 
 from stages.params import Fields, Shares
 from stages.reading.files import Table
-from stages.reading.rows import (
-    PassageIds,
-    Unusable,
-    columns_of,
-    keep_known,
-    list_of,
-    read_passages,
-    read_questions,
-    text_of,
-)
+from stages.reading.passage_ids import PassageIds, settle
+from stages.reading.rows import columns_of, named_passages, read_passages, read_questions
 from stages.reading.splits import leaks, split_questions
 from stages.reading.unusable_rows import Report
+from stages.reading.values import Cells, Positive, Unusable, answers_of, digests, list_of, positives_of, text_of
 
 SHIPPED = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))["data"]["fields"]
 
@@ -30,8 +23,16 @@ def fields(**changes) -> Fields:
     return Fields(**(SHIPPED | changes))
 
 
-def table(*rows: dict, name: str = "rows.jsonl") -> Table:
-    return Table(name, lambda: iter(enumerate(rows, 1)))
+def table(*rows: dict, name: str = "rows.jsonl", of_cells: bool = False) -> list[Table]:
+    return [Table(name, lambda: iter(enumerate(rows, 1)), of_cells=of_cells)]
+
+
+def by_id(*names: str) -> PassageIds:
+    return PassageIds([Positive((name,), (), repr(name)) for name in names])
+
+
+def ids_of(question: dict) -> list[str]:
+    return [positive.ids[0] for positive in question["positives"]]
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def report(tmp_path):
 )
 def test_answers_under_their_usual_names_and_in_any_form(report, row, answers):
     [question] = read_questions(table({"question": "Who?"} | row), fields(), "train", report)
-    assert question["answers"] == answers and question["id"] == "train-000001" and question["positive_ids"] == []
+    assert question["answers"] == answers and question["id"] == "train-000001" and question["positives"] == []
 
 
 @pytest.mark.parametrize(
@@ -76,24 +77,90 @@ def test_answers_under_their_usual_names_and_in_any_form(report, row, answers):
 def test_positives_as_ids_or_objects_under_a_mapped_name(report, value, ids):
     row = {"question": "Who?", "answers": "a", "positive_ctxs": value}
     [question] = read_questions(table(row), fields(positive_ids="positive_ctxs"), "train", report)
-    assert question["positive_ids"] == ids
+    assert ids_of(question) == ids
 
 
 def test_passages_without_titles_and_ids(report):
-    passages = read_passages(table({"contents": "x"}, {"contents": "y"}), fields(), False, report)
+    passages = read_passages(table({"contents": "x"}, {"contents": "y"}), fields(), by_id(), report)
     assert list(passages) == [{"id": "1", "title": "", "text": "x"}, {"id": "2", "title": "", "text": "y"}]
 
 
 def test_mapped_names(report):
     row = {"docid": 3, "heading": "A", "passage": "x", "text": "not this"}
     mapped = fields(passage_id="docid", title="heading", text="passage")
-    assert list(read_passages(table(row), mapped, True, report)) == [{"id": "3", "title": "A", "text": "x"}]
+    assert list(read_passages(table(row), mapped, by_id("3"), report)) == [{"id": "3", "title": "A", "text": "x"}]
     assert columns_of(mapped) >= {"docid", "heading", "passage", "question", "answers", "answer", "short_answers"}
+
+
+@pytest.mark.parametrize(
+    ("value", "answers"),
+    [
+        ({"text": ["a", "b"], "answer_start": [3, 4]}, ["a", "b"]),
+        ({"value": "a", "aliases": ["b", "a"], "normalized_aliases": ["c"]}, ["a", "b"]),
+        ([{"text": "a", "answer_start": 3}, {"answer": "b"}, {"provenance": []}], ["a", "b"]),
+        ("{'text': array(['a'], dtype=object), 'answer_start': array([3])}", ["a"]),
+        (10.0, ["10"]),
+        ([2.5, 7.0, float("nan"), None], ["2.5", "7"]),
+        ("10.0", ["10.0"]),
+    ],
+)
+def test_answers_as_objects_and_numbers(value, answers):
+    assert answers_of(value) == answers
+
+
+def test_cells_of_a_table(report):
+    """10.0 is 10 as an id and as an answer, in a list too; a separator parts what is no list."""
+    rows = [
+        {"id": "1.0", "question": "2.0?", "answers": "10.0", "positive_ids": "7.0"},
+        {"id": "2", "question": "b?", "answers": "x; 3.0 ;y", "positive_ids": "7;8.0"},
+        {"id": "3", "question": "c?", "answers": "['x; y']", "positive_ids": "[7.0, 8]"},
+    ]
+    read = read_questions(table(*rows, of_cells=True), fields(), "train", report, separator=";")
+    assert [(row["id"], row["answers"], ids_of(row)) for row in read] == [
+        ("1", ["10"], ["7"]), ("2", ["x", "3", "y"], ["7", "8"]), ("3", ["x; y"], ["7", "8"]),
+    ]  # fmt: skip
+    passages = read_passages(table({"id": "7.0", "text": "9.0"}, of_cells=True), fields(), by_id("7"), report)
+    assert list(passages) == [{"id": "7", "title": "", "text": "9.0"}]
+    assert text_of("1.10", "id", Cells()) == "1.10" and text_of("v2.0", "answer", Cells()) == "v2.0"
+
+
+def test_positives_by_title_and_text_or_by_text_alone():
+    named, described, alone = positives_of([{"id": 3, "text": "x"}, {"title": "T", "text": "a  b"}, {"text": "a b"}])
+    assert named.ids == ("3",) and named.sure and not described.sure and described.keys == digests("T", "a b")
+    assert described.keys[1] == alone.keys[1] and described.keys[0] != alone.keys[0]
+    assert positives_of({"passage_id": ["a", "b"], "title": ["T", "U"]})[1].ids == ("b",)
+    with pytest.raises(Unusable, match="a positive without passage_id"):
+        positives_of([{"title": "T"}])
+
+
+def test_unknown_ids_are_shown_as_the_file_has_them(tmp_path):
+    with Report(tmp_path / "unusable.jsonl", 1.0) as report:
+        questions = read_questions(
+            table(*({"question": f"{i}?", "answers": "a", "positive_ids": value} for i, value in enumerate([[7], "7", 8.0]))),
+            fields(), "train", report,
+        )  # fmt: skip
+        ids = PassageIds(positive for question in questions for positive in question["positives"])
+        list(ids.watch([{"id": "1", "title": "", "text": ""}]))
+        with pytest.raises(ValueError, match="unknown positive id 7;"):
+            settle(questions, ids, report)
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "unusable.jsonl").read_text().splitlines()]
+    assert [reason.split()[3].rstrip(";") for reason in reasons] == ["7", "'7'", "8.0"]
+
+
+def test_questions_without_answers_need_positives(report):
+    asked = {"question": "Where?", "positive_ids": ["p1"]}
+    assert read_questions(table(asked), fields(), "train", report)[0]["answers"] == []
+    with pytest.raises(ValueError, match="no field answers"):
+        read_questions(table({"question": "Where?"}), fields(), "train", report)
+    [question] = read_questions(
+        table({"question": "Where?", "answers": []}), fields(), "t", report, unanswerable="none"
+    )
+    assert question["answers"] == ["none"]
 
 
 def test_a_missing_id_among_ids_is_not_made_up(report):
     rows = read_passages(
-        table({"id": "a", "text": "x"}, {"text": "y"}, {"id": "c", "text": "z"}), fields(), False, report
+        table({"id": "a", "text": "x"}, {"text": "y"}, {"id": "c", "text": "z"}), fields(), by_id(), report
     )
     assert [row["id"] for row in rows] == ["a", "c"] and report.counts == {"rows.jsonl": 1}
 
@@ -116,7 +183,9 @@ def test_the_report_lists_file_line_and_reason(tmp_path):
 def test_unknown_positives_leave_the_question(report):
     rows = [{"question": f"{i}?", "answers": "a", "positive_ids": ["p1", f"p{i}"]} for i in range(4)]
     questions = read_questions(table(*rows), fields(), "train", report)
-    keep_known(questions, {"p1", "p2", "p3"}, report)
+    ids = PassageIds(positive for question in questions for positive in question["positives"])
+    list(ids.watch({"id": name, "title": "", "text": ""} for name in ("p1", "p2", "p3")))
+    settle(questions, ids, report)
     assert [question["positive_ids"] for question in questions] == [["p1"], ["p1"], ["p1", "p2"], ["p1", "p3"]]
     assert not report.counts  # a question that is used is no unusable row
     report.file.flush()
@@ -130,7 +199,7 @@ def test_a_file_none_of_whose_positives_is_known_has_other_ids(report):
     with pytest.raises(
         ValueError, match="^rows.jsonl:1: unknown positive id 'x0'; of 4 questions .* data.fields.passage_id"
     ):
-        keep_known(questions, {"p1"}, report)
+        settle(questions, by_id("p1"), report)
 
 
 def test_questions_of_one_split_in_another_are_counted():
@@ -149,22 +218,22 @@ def test_questions_of_one_split_in_another_are_counted():
 
 def test_only_wanted_ids_are_kept_and_one_that_comes_twice_is_found():
     rows = [{"id": f"p{i}", "text": "x"} for i in range(150_000)]
-    ids = PassageIds(["p5", "p149999", "none"])
+    ids = by_id("p5", "p149999", "none")
     assert sum(1 for _ in ids.watch(rows)) == 150_000
     assert ids.found == {"p5", "p149999"} and not ids.suspects()
-    ids.check_unique(table(*rows), fields())
-    ids = PassageIds([])
+    ids.check_unique(named_passages(table(*rows), fields()))
+    ids = by_id()
     rows.append({"id": "p7", "text": "y"})
     list(ids.watch(rows))
     with pytest.raises(ValueError, match="rows.jsonl:150001: passage id 'p7' stands in line 8 already"):
-        ids.check_unique(table(*rows), fields())
+        ids.check_unique(named_passages(table(*rows), fields()))
 
 
 def test_two_ids_that_only_hash_alike_are_not_one():
-    ids = PassageIds([])
+    ids = by_id()
     list(ids.watch([{"id": "a"}, {"id": "b"}]))
     ids.suspects = lambda: {hash("a"), hash("b")}
-    ids.check_unique(table({"id": "a"}, {"id": "b"}), fields())
+    ids.check_unique(named_passages(table({"id": "a"}, {"id": "b"}), fields()))
 
 
 JSON = st.recursive(

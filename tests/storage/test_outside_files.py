@@ -245,3 +245,35 @@ def test_models_of_the_hub_are_loaded_at_their_revision(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split("\n") == ["0.5 0.5", "0.25 0.25", "0.5 0.5", ""]
+
+
+def test_globs_folders_and_lists_are_noted_file_by_file_and_alike_in_a_temporary_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own").mkdir()
+    for number in (1, 2, 10):
+        Path(f"own/part-{number}.jsonl").write_text(str(number))
+    here = describe(["own/part-*.jsonl"], "data.files.passages")
+    assert list(here) == ["own/part-1.jsonl", "own/part-2.jsonl", "own/part-10.jsonl"]
+    assert describe("own", "data.files.passages") == here == describe(list(here), "data.files.passages")
+    (tmp_path / "copy").mkdir()
+    monkeypatch.chdir(tmp_path / "copy")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    assert describe(["own/part-*.jsonl"], "data.files.passages") == here
+    (tmp_path / "own/part-3.jsonl").write_text("3")
+    assert len(describe(["own/part-*.jsonl"], "data.files.passages")) == 4
+    with pytest.raises(ValueError, match="^data.files.test: no file matches own/dev-"):
+        describe(["own/dev-*.jsonl"], "data.files.test")
+
+
+def test_a_name_with_brackets_is_a_path_before_it_is_a_glob(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a[1].jsonl").write_text("x")
+    Path("a1.jsonl").write_text("y")
+    assert list(describe("a[1].jsonl", "key")) == ["a[1].jsonl"]
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "models/generator/model.safetensors"])
+def test_a_pointer_of_git_lfs_is_refused_wherever_it_lies(project, name):
+    Path(name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab\nsize 12345\n")
+    with pytest.raises(SystemExit, match=f"{name} is a Git LFS pointer, not the file itself"):
+        run(inputs.main)
