@@ -282,6 +282,10 @@ def load_encoder(
     if tokenizer.pad_token_id is None:
         raise ValueError(f"{key}: the tokenizer in '{path_or_name}' has no padding token")
     if pooling == "auto":
+        if not (is_dpr or layout.pooling):
+            print(
+                f"{key}: '{path_or_name}' does not say how it pools; its first state is taken (models.pooling: cls or mean)"
+            )
         pooling = layout.pooling or "cls"
     question_prefix, passage_prefix = prefixes or (layout.query_prefix, layout.passage_prefix)
     for prefix in (question_prefix, passage_prefix):

@@ -64,6 +64,11 @@ def open_imported(path: Path, dimension: int, passages: int) -> Imported:
         said = child.stderr.strip().splitlines()[-1] if child.returncode > 0 and child.stderr.strip() else "it crashes"
         raise ValueError(f"{KEY}: {path}: damaged or not a FAISS index (FAISS cannot read it: {said}); export it again")
     index = opened(path)
+    if index.d == dimension + 1 and index.metric_type == faiss.METRIC_L2:
+        raise ValueError(
+            f"{KEY}: {path} holds vectors of {index.d} dimensions, one more than the context encoder makes: DPR's auxiliary "
+            "dimension, which makes L2 of the inner product; it cannot be adopted, index.factory: HNSW32 builds such an index"
+        )
     if index.d != dimension:
         raise ValueError(
             f"{KEY}: {path} holds vectors of {index.d} dimensions, the context encoder makes {dimension}; "

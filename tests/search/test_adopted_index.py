@@ -147,3 +147,10 @@ def test_altered_headers(tmp_path, place):
     content[place : place + 4] = b"\xff\xff\xff\x7f"
     path.write_bytes(content)
     refused(path, "index.import_path")
+
+
+def test_dpr_s_auxiliary_dimension(tmp_path):
+    """DPR's HNSW index turns the inner product into L2 by one dimension more."""
+    index = faiss.IndexHNSWFlat(17, 8)
+    index.add(np.pad(VECTORS, ((0, 0), (0, 1))))
+    refused(written(tmp_path / "i", index), "17 dimensions, one more than the context encoder makes: DPR's auxiliary")
