@@ -57,6 +57,17 @@ check: install-dev  ## ruff
 ui: install  ## MLflow's pages on 127.0.0.1; prints the address of this experiment's runs
 	python -m stages.tracking.ui
 
+.PHONY: report demo runs
+report: install  ## the last run as a page: scores, curves, wrong answers; opens without network
+	dvc repro report
+	@echo "open $(CURDIR)/data/report/report.html"
+
+demo: install  ## a page to ask the trained model, on 127.0.0.1
+	python -m stages.demo
+
+runs: install  ## the experiments of the last commit as a table: what differs, what came out
+	@python -m stages.runs
+
 clean:  ## remove what can be made again (never data/tiny, never MLflow's store)
 	rm -rf .checkpoints .pytest_cache .ruff_cache build *.egg-info
 

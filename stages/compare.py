@@ -77,7 +77,7 @@ def compare(steps: int, questions: int | None) -> None:
     table = {name: metrics_of(name) for name in runs}
     write(COMPARISON, {name.replace("-", "_"): values for name, values in table.items()})
     print_table(table, SHOWN)
-    print("\ncurves over each other: dvc plots diff old new")
+    print("\nside by side: python -m stages.report new old; curves over each other: dvc plots diff old new")
 
 
 def old_settings(updates: int) -> list[str]:

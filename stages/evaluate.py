@@ -3,7 +3,7 @@
     python -m stages.evaluate                       # reads data/model, index, tokens, prepared
     dvc exp run -S evaluate.num_samples=20 -S evaluate.decoding=fast
 
-data/predictions/predictions.jsonl holds a row a question with its passages, their prior and posterior.
+data/predictions/predictions.jsonl holds a row a question with its kind of error and its passages, whole.
 """
 
 import json
@@ -29,6 +29,7 @@ def main() -> None:
     from stages.compute.precision import cast_weights, generator_dtype
     from stages.corpus.arrow import check_answered, gold_rows, read_rows, replacing
     from stages.evaluation.answering import evaluate
+    from stages.evaluation.errors import table_row
     from stages.rag.folder import load_rag_parts
     from stages.rag.model import open_rag_on
     from stages.rag.prior import load_prior
@@ -82,9 +83,7 @@ def main() -> None:
             name, started, {"evaluate": {**settings.model_dump(), **facts}}, scores, verdicts.tags,
             {"signs-evaluate.txt": verdicts.text},
         )  # fmt: skip
-        columns = ("question", "answers", "prediction", "em", "f1")
-        table = [{name: str(row[name]) for name in columns} for row in predictions[:TABLE_ROWS]]
-        tracker.log_table(table, "predictions.json")
+        tracker.log_table([table_row(row) for row in predictions[:TABLE_ROWS]], "predictions.json")
 
     print(verdicts.text)
     print(summary(metrics, settings.split))

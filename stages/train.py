@@ -19,7 +19,7 @@ from stages.machine.entry import CODE, root_folder, run
 from stages.machine.stage_params import settings_of, settings_to_record, stage_params
 from stages.params import PARAMS_FILE, Params
 
-MODEL, METRICS, CURVES = Path("data/model"), Path("metrics/train.json"), Path("metrics/curves.csv")
+MODEL, METRICS, CURVES = Path("data/model"), Path("metrics/train.json"), Path("data/curves")
 
 
 def main() -> None:
@@ -65,6 +65,7 @@ def train_and_leave(params: Params, trainer, examples: dict, workplace, device) 
     from stages.tracking.journal import flatten
     from stages.tracking.runs import environment_tags, open_run
     from stages.training.boards import take_board
+    from stages.training.curve_files import CurveFiles
     from stages.training.curves import Curves, earlier_metrics, summary
     from stages.training.opening import data_sets
     from stages.verdicts.description import training_text
@@ -79,6 +80,12 @@ def train_and_leave(params: Params, trainer, examples: dict, workplace, device) 
     board = take_board(root / "tensorboard", name, fingerprint) if params.recipe.tensorboard else None
     usual = {"skipped_steps": 0, "overflow_steps": 0, "micro_batch": params.train.batch_size}
     curves = Curves(tracker, board, usual)
+    files = CurveFiles(CURVES)
+
+    def on_point(point: dict) -> None:
+        curves.point(point)
+        files.follow(trainer.progress.history)
+
     with tracker:
         tracker.set_tags({**environment_tags(Path.cwd()), "recipe": recipe, "fingerprint": fingerprint})
         settings = settings_to_record(params)
@@ -86,7 +93,7 @@ def train_and_leave(params: Params, trainer, examples: dict, workplace, device) 
         data = list(data_sets())
         for data_set in data:
             tracker.log_dataset(*data_set)
-        workplace.run(trainer, examples, curves.point)
+        workplace.run(trainer, examples, on_point)
         if trainer.progress.halvings:
             tracker.set_tags({"out_of_memory": ", ".join(trainer.progress.halvings)})
 
@@ -115,7 +122,7 @@ def train_and_leave(params: Params, trainer, examples: dict, workplace, device) 
     manifest.write_json(MODEL / "run.json", trained)
     manifest.record(MODEL / "run.json")
     manifest.write_metrics(METRICS, metrics)
-    curves.write_csv(trainer.progress.history, CURVES)
+    files.write(trainer.progress.history)
     workplace.release()
     print(verdicts.text)
     loss = metrics.get("val_loss_per_sequence", math.nan)

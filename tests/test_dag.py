@@ -16,12 +16,12 @@ STAGES = Path("stages")
 DAG = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
 PIPELINE = list(DAG)
 CACHED = [stage for stage in PIPELINE if not DAG[stage].get("always_changed")]
-COMMANDS = ["ask", "check", "compare", "publish", "recall", "unlock"]
+COMMANDS = ["ask", "check", "compare", "demo", "publish", "recall", "runs", "unlock"]
 PROGRAMS = ["bench", "chaos", "pretraining"]
 LIGHT = {"stages.params", "stages.storage.outside_files"}
 # A wing may import those below it; stages/README.md draws the same.
 FLOORS = [
-    {"evaluation", "training"}, {"rag"}, {"generation", "search"}, {"encoders", "reading"}, {"bm25", "packed"},
+    {"reporting"}, {"evaluation", "training"}, {"rag"}, {"generation", "search"}, {"encoders", "reading"}, {"bm25", "packed"},
     {"corpus"}, {"storage"}, {"compute"}, {"machine"},
 ]  # fmt: skip
 ALONE = {"tracking", "verdicts"}  # they import no other wing
@@ -79,7 +79,7 @@ def test_a_stage_depends_on_the_code_that_it_imports_and_on_no_other(stage):
 def test_the_stages_are_the_pipeline_and_run_by_module():
     assert PIPELINE == [
         "inputs", "prepare", "tokens", "positives", "retriever", "lexical", "encode", "index", "reranker", "train",
-        "evaluate",
+        "evaluate", "report",
     ]  # fmt: skip
     assert PIPELINE[1:] == CACHED
     assert all(DAG[stage]["cmd"] == f"python -m stages.{stage}" for stage in PIPELINE)
@@ -94,9 +94,15 @@ def test_every_data_dependency_is_an_earlier_output():
     made: list[str] = []
     for stage in PIPELINE:
         for path in DAG[stage].get("deps", []):
-            if path.startswith("data/"):
+            if path.startswith(("data/", "metrics/")):
                 assert any(path == out or path.startswith(out + "/") for out in made), path
-        made += DAG[stage]["outs"]
+        made += [*DAG[stage]["outs"], *(path for metric in DAG[stage].get("metrics", []) for path in metric)]
+
+
+@pytest.mark.parametrize("stage", CACHED)
+def test_outputs_that_are_no_metrics_are_cached(stage):
+    """DVC keeps no stage in its run cache that has others: an experiment would train again what was trained before."""
+    assert all(isinstance(out, str) for out in DAG[stage]["outs"])
 
 
 @pytest.mark.parametrize("stage", CACHED)

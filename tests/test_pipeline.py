@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,11 @@ def project(tmp_path_factory) -> Path:
     return first_run(folder)
 
 
+def curve(folder: Path, metric: str) -> list[tuple[int, float]]:
+    with (folder / f"data/curves/{metric}.tsv").open() as file:
+        return [(int(row["step"]), float(row["value"])) for row in csv.DictReader(file, delimiter="\t")]
+
+
 def ran(output: str) -> list[str]:
     return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
 
@@ -84,15 +90,28 @@ def test_the_metrics_have_the_promised_keys_and_only_numbers(project):
     } <= training.keys()  # fmt: skip
     assert all(isinstance(value, int | float) for value in [*evaluation.values(), *training.values()])
     assert evaluation["questions"] == 12 and training["steps"] == 4 and training["questions_seen"] == 16
-    rows = list(csv.DictReader((project / "metrics/curves.csv").open()))
-    assert [row["step"] for row in rows] == ["0", "2", "4"] and all(row["val_loss_per_sequence"] for row in rows)
+    assert [step for step, _ in curve(project, "val_loss_per_sequence")] == [0, 2, 4]
+    assert [step for step, _ in curve(project, "train_loss_per_sequence")] == [2, 4]
 
 
 def test_predictions_show_where_each_answer_came_from(project):
     rows = [json.loads(line) for line in (project / "data/predictions/predictions.jsonl").open()]
     assert len(rows) == 12
     for row in rows:
-        assert row.keys() >= {"question", "answers", "prediction", "em", "f1", "passages"}
+        assert row.keys() >= {
+            "question",
+            "answers",
+            "prediction",
+            "em",
+            "f1",
+            "passages",
+            "gold_rank",
+            "without_passage",
+        }
+        assert row["kind"] in ("right", "near", "read wrong", "ranked wrong", "not found")
+        assert [place for place, one in enumerate(row["passages"], 1) if one["gold"]][:1] == [
+            rank for rank in [row["gold_rank"]] if rank and rank <= 2
+        ]
         assert len(row["passages"]) == 2
         for belief in ("prior", "posterior"):
             assert sum(passage[belief] for passage in row["passages"]) == pytest.approx(1, abs=1e-3)
@@ -112,11 +131,16 @@ def test_a_changed_parameter_runs_only_what_depends_on_it(project):
         assert first == "inputs"
         return others
 
-    assert stages_run_with("evaluate.decoding=fast") == ["evaluate"]
-    assert stages_run_with("train.learning_rate=1e-5") == ["train", "evaluate"]
-    assert stages_run_with("index.factory=HNSW8") == ["index", "reranker", "train", "evaluate"]
-    assert stages_run_with("index.ef_search=20") == ["reranker", "train", "evaluate"]
-    assert stages_run_with("signs.exact_match=3") == []
+    assert stages_run_with("evaluate.decoding=fast") == ["evaluate", "report"]
+    assert stages_run_with("train.learning_rate=1e-5") == ["train", "evaluate", "report"]
+    assert stages_run_with("index.factory=HNSW8") == ["index", "reranker", "train", "evaluate", "report"]
+    assert stages_run_with("index.ef_search=20") == ["reranker", "train", "evaluate", "report"]
+    assert stages_run_with("signs.exact_match=3") == ["report"]
+    run(project, "git", "checkout", "-q", ".")
+    run(project, "dvc", "checkout")
+    # Trained before: DVC's run cache has it.
+    assert stages_run_with("train.learning_rate=1e-5") == ["evaluate", "report"]
+    assert [step for step, _ in curve(project, "val_loss_per_sequence")] == [0, 2, 4]
     run(project, "git", "checkout", "-q", ".")
     run(project, "dvc", "checkout")
 
@@ -157,7 +181,7 @@ def test_mlflow_has_one_run_with_everything(project):
     assert {"passages", "train", "validation"} <= sources.keys()
     assert all(one.digest in one.source for one in sources.values())
     artifacts = {file.path for file in client.list_artifacts(first.info.run_id)}
-    assert {"predictions.json", "signs-train.txt", "signs-evaluate.txt"} <= artifacts
+    assert {"report.html", "predictions.json", "signs-train.txt", "signs-evaluate.txt"} <= artifacts
     children = client.search_runs([experiment.experiment_id], f"tags.mlflow.parentRunId = '{first.info.run_id}'")
     assert children and all(one.data.params["evaluate.num_beams"] for one in children)
     assert (project / "tensorboard" / first.info.run_name).is_dir()
@@ -271,12 +295,11 @@ def test_a_refreshed_index_lies_beside_the_model_and_is_what_is_asked(project):
     changes = ("train.index_refresh_steps=1", "train.context_encoder_learning_rate=1e-2", "retriever.hybrid_depth=4")
     settings = [part for change in changes for part in ("-S", change)]
     assert ran(run(project, "dvc", "exp", "run", *settings).stdout) == [
-        "inputs", "lexical", "reranker", "train", "evaluate",
+        "inputs", "lexical", "reranker", "train", "evaluate", "report",
     ]  # fmt: skip
     before, after = (np.load(project / folder / "vectors.npy") for folder in ("data/vectors", "data/model/index"))
     assert before.shape == after.shape and np.abs(before - after).max() > 1e-3
-    rows = list(csv.DictReader((project / "metrics/curves.csv").open()))
-    assert [row["step"] for row in rows if row["refresh_wait"]] == ["2", "3", "4"]
+    assert [step for step, _ in curve(project, "refresh_wait")] == [2, 3, 4]
     scores = json.loads((project / "metrics/eval.json").read_text())
     shutil.rmtree(project / "data/index")
     shutil.rmtree(project / "data/vectors")
@@ -298,6 +321,49 @@ def test_ask_answers_with_passages_and_reads_standard_input(project):
     assert "prior  posterior  passage" in one.stdout and "probability" in one.stdout
     two = run(project, "python", "-m", "stages.ask", text="Where is it?\n\nAnd why?\n")
     assert two.stdout.count("prior  posterior  passage") == 2
+
+
+def test_ask_for_programs_and_for_a_pager_that_closes(project):
+    lines = run(project, "python", "-m", "stages.ask", "--json", text="Where is it?\nAnd why?\n").stdout.splitlines()
+    given = [json.loads(line) for line in lines]
+    assert [one["question"] for one in given] == ["Where is it?", "And why?"]
+    assert all(one["passages"][0]["text"] and 0 <= one["probability"] <= 1 for one in given)
+    piped = "for number in $(seq 20); do echo 'Where is it?'; done | python -m stages.ask | head -1"
+    cut = run(project, "bash", "-o", "pipefail", "-c", piped)
+    assert len(cut.stdout.splitlines()) == 1 and "Error" not in cut.stderr and "Loading weights" not in cut.stderr
+
+
+def test_outputs_that_a_killed_experiment_took_away_are_brought_back_by_a_named_command(project):
+    (project / "data/model").rename(project / "data/away")
+    asked = run(project, "python", "-m", "stages.ask", "Where?", check=False)
+    (project / "data/away").rename(project / "data/model")
+    assert asked.returncode == 1 and "data/model: not there; `dvc checkout` brings back" in asked.stderr
+    assert len(asked.stderr.splitlines()) == 1
+
+
+def plots_of(page: Path) -> list[dict]:
+    """The plots of DVC's page: {"title", "axes", "curves": {(revision, file): [(step, value), ...]}}."""
+    made = []
+    for text in re.findall(r"var spec = (\{.*?\});\s*\n", page.read_text(encoding="utf-8"), re.DOTALL):
+        spec = json.loads(text)
+        curves: dict[tuple, list] = {}
+        for row in spec["data"]["values"]:
+            curves.setdefault((row["rev"], row["filename"]), []).append((float(row["step"]), float(row["value"])))
+        made.append({"title": spec["title"]["text"], "text": text, "curves": curves})
+    return made
+
+
+def test_dvcs_page_draws_each_curve_once_as_it_was_logged(project):
+    run(project, "dvc", "plots", "show")
+    plots = plots_of(project / "dvc_plots/index.html")
+    assert len({plot["title"] for plot in plots}) == len(plots) == 3
+    assert all('"optimizer step"' in plot["text"] for plot in plots)
+    drawn = [(name, points) for plot in plots for name, points in plot["curves"].items()]
+    assert len(drawn) == len({name for name, _ in drawn}) == 6
+    for (revision, file), points in drawn:
+        assert revision == "workspace" and points == curve(project, file.removesuffix(".tsv"))
+    losses = next(plot["curves"] for plot in plots if "Loss" in plot["title"])
+    assert all(value > 1 for points in losses.values() for _, value in points)  # an empty cell would be drawn as 0
 
 
 def test_a_wrong_parameter_is_one_line(project):
@@ -326,6 +392,25 @@ def test_a_temporary_experiment_leaves_its_run_and_can_be_applied(project):
     assert weights.read_bytes() == (project / "data/model/model.safetensors").read_bytes()
     run(project, "dvc", "exp", "branch", "warm", "kept")
     assert "kept" in run(project, "git", "branch").stdout
+
+    run(project, "dvc", "plots", "diff", "HEAD", "warm")
+    losses = next(plot for plot in plots_of(project / "dvc_plots/index.html") if "Loss" in plot["title"])["curves"]
+    assert {revision for revision, _ in losses} == {"HEAD", "warm"}
+    assert losses["warm", "val_loss_per_sequence.tsv"] == curve(project, "val_loss_per_sequence")
+    assert [step for step, _ in losses["HEAD", "val_loss_per_sequence.tsv"]] == [0, 2, 4]
+
+    assert run(project, "python", "-m", "stages.report", "HEAD", "warm").stdout == "report: report-HEAD-warm.html\n"
+    page = (project / "report-HEAD-warm.html").read_text(encoding="utf-8")
+    assert "train.max_steps</td><td>4</td><td>6</td>" in page and page.count("<svg") > 20
+    table = run(project, "python", "-m", "stages.runs").stdout
+    assert "train.max_steps=6" in next(line for line in table.splitlines() if line.startswith("warm"))
+    assert max(map(len, table.splitlines())) <= 100
+    unknown = run(project, "python", "-m", "stages.report", "HEAD", "worm", check=False)
+    assert (
+        unknown.returncode == 1
+        and unknown.stderr.startswith("error: there is no experiment")
+        and "worm" in unknown.stderr
+    )
 
 
 def test_hybrid_retrieval_reruns_what_it_changes_and_answers_new_questions(project):
@@ -394,10 +479,7 @@ def test_sharded_by_accelerate_it_trains_and_leaves_the_same_files(project, tmp_
         "--mixed_precision=no", "-m", "stages.train")  # fmt: skip
     names = [sorted(path.name for path in (where / "data/model").rglob("*")) for where in (project, folder)]
     assert names[0] == names[1]
-    expected, found = (
-        [float(row["val_loss_per_sequence"]) for row in csv.DictReader((where / "metrics/curves.csv").open())]
-        for where in (project, folder)
-    )
+    expected, found = ([value for _, value in curve(where, "val_loss_per_sequence")] for where in (project, folder))
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
     assert found == pytest.approx(expected, rel=0.05)  # each rank draws its own dropout
     steps = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))["train"]["max_steps"]

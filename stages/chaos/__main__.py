@@ -10,7 +10,6 @@ point missing, none twice.
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import os
@@ -34,14 +33,16 @@ SMALL = {
     "train.eval_steps": 3, "train.save_steps": 4, "evaluate.num_beams": 2, "evaluate.batch_size": 4,
     "tracking.system_metrics_seconds": 0, "runtime.threads": 1, "runtime.device": "cpu",
 }  # fmt: skip
-STAGES = ("prepare", "tokens", "positives", "retriever", "lexical", "encode", "index", "reranker", "train", "evaluate")
+STAGES = (
+    "prepare", "tokens", "positives", "retriever", "lexical", "encode", "index", "reranker", "train", "evaluate", "report",
+)  # fmt: skip
 OUTS = {
     "prepare": ["data/prepared"], "tokens": ["data/tokens"], "positives": ["data/positives"],
     "retriever": ["data/retriever", "metrics/retriever.json"],
     "lexical": ["data/lexical", "metrics/lexical.json"], "encode": ["data/vectors", "metrics/encode.json"],
     "index": ["data/index", "metrics/index.json"], "reranker": ["data/reranker", "metrics/reranker.json"],
-    "train": ["data/model", "metrics/train.json", "metrics/curves.csv", ".checkpoints", ".tracking", "mlflow.db"],
-    "evaluate": ["data/predictions", "metrics/eval.json"],
+    "train": ["data/model", "metrics/train.json", "data/curves", ".checkpoints", ".tracking", "mlflow.db"],
+    "evaluate": ["data/predictions", "metrics/eval.json"], "report": ["data/report"],
 }  # fmt: skip
 # Parts of the names of numbers that differ from run to run.
 TIMINGS = ("second", "search_ms", "host_wait", "mfu", "gpu_")
@@ -251,11 +252,9 @@ def results(folder: Path) -> dict[str, str]:
         for name, value in json.loads(file.read_text(encoding="utf-8")).items():
             if not is_timing(name):
                 found[f"{file.name} {name}"] = repr(value)
-    with open(folder / "metrics/curves.csv", encoding="utf-8") as stream:
-        for row in csv.DictReader(stream):
-            for name, value in row.items():
-                if not is_timing(name):
-                    found[f"curves.csv step {row['step']} {name}"] = value
+    for file in sorted((folder / "data/curves").glob("*.tsv")):
+        if not is_timing(file.stem):
+            found[f"curves {file.stem}"] = file.read_text(encoding="utf-8")
     return found | tracked(folder)
 
 

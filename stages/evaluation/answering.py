@@ -15,6 +15,7 @@ from stages.corpus.answers import hits_with_answers
 from stages.corpus.recall import recalls
 from stages.evaluation import scoring
 from stages.evaluation.decoding import Answer, generate
+from stages.evaluation.errors import kind_of, rank_of
 from stages.generation import marginalization
 from stages.params import Evaluate
 from stages.rag.batches import Examples
@@ -141,27 +142,62 @@ def evaluate(
         "passages": len(passages),
         "questions_per_second": len(questions) / seconds,
     }
+    flags = dict(zip(known, by_id, strict=True))
+    with_gold = dict(zip(known, oracle, strict=True))
     predictions = [
-        {
-            "id": questions[index]["id"],
-            "question": questions[index]["question"],
-            "answers": golds[index],
-            "prediction": given.text,
-            "em": scoring.exact_match(given.text, golds[index], language),
-            "f1": scoring.f1(given.text, golds[index], language),
-            "log_prob": given.log_prob,
-            "passages": passages_of(given, prior[index], texts[index]),
-        }
+        prediction_row(
+            questions[index], given, passages_of(given, prior[index], texts[index]), flags.get(index), by_string[index],
+            with_gold.get(index), closed[index], language,
+        )
         for index, given in enumerate(answers)
-    ]
+    ]  # fmt: skip
     return metrics, predictions
 
 
+def prediction_row(
+    question: dict, given: Answer, passages: list[dict], is_gold: list[bool] | None, has_answer: list[bool],
+    oracle: Answer | None, closed: Answer, language: str = "en",
+) -> dict:  # fmt: skip
+    """A row of the predictions file. The flags are those of the passages found, which go on behind those read.
+
+    `is_gold`, `oracle`: None where the question names no passage of the corpus; the kind of error then goes by
+    `has_answer`. `gold_rank`, `answer_rank`: place of the first such passage from 1, None where it is not among those found.
+    """
+    golds = question["answers"]
+    scores = scored(given.text, golds, language)
+    rank = rank_of(has_answer if is_gold is None else is_gold)
+    return {
+        "id": question["id"],
+        "question": question["question"],
+        "answers": golds,
+        **scores,
+        "kind": kind_of(scores["em"], scores["f1"], rank, len(passages)),
+        "log_prob": given.log_prob,
+        "with_gold_passage": oracle and scored(oracle.text, golds, language),
+        "without_passage": scored(closed.text, golds, language),
+        "gold_known": is_gold is not None,
+        "gold_rank": is_gold and rank,
+        "answer_rank": rank_of(has_answer),
+        "passages": [
+            {**passage, "gold": bool(is_gold and is_gold[place]), "has_answer": has_answer[place]}
+            for place, passage in enumerate(passages)
+        ],
+    }
+
+
+def scored(prediction: str, golds: list[str], language: str) -> dict:
+    return {
+        "prediction": prediction,
+        "em": scoring.exact_match(prediction, golds, language),
+        "f1": scoring.f1(prediction, golds, language),
+    }
+
+
 def passages_of(given: Answer, prior: Tensor, texts: list[dict | None]) -> list[dict]:
-    """Each retrieved passage of one answer with its prior p(z|x) and posterior p(z|x, y)."""
+    """Each retrieved passage of one answer, whole, with its prior p(z|x) and posterior p(z|x, y)."""
     posterior = torch.tensor(given.doc_log_probs).softmax(0).tolist()
     return [
-        {"id": text["id"], "title": text["title"], "prior": before, "posterior": after}
+        {"id": text["id"], "title": text["title"], "text": text["text"], "prior": before, "posterior": after}
         for text, before, after in zip(texts, prior.exp().tolist(), posterior, strict=True)
         if text is not None
     ]

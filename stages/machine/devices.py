@@ -20,6 +20,7 @@ def prepare_torch(runtime: Runtime):
     torch.set_float32_matmul_precision("high")
     # cuDNN's attention takes about 15 ms to plan each new shape, and here nearly every batch has one.
     torch.backends.cuda.enable_cudnn_sdp(False)
+    no_bars_of_transformers()
     if not (use_cuda and launching.launched()):
         return torch.device("cuda" if use_cuda else "cpu")
     if launching.local_rank() >= torch.cuda.device_count():
@@ -37,6 +38,17 @@ def allowed_cores() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
+
+
+def no_bars_of_transformers() -> None:
+    """No bar for each model loaded or written, which takes milliseconds; the hub's for downloads stay."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    downloads = not are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    if downloads:
+        enable_progress_bars()
 
 
 def free_cores() -> int:

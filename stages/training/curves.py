@@ -1,24 +1,11 @@
-"""Where the points of a training go: MLflow, TensorBoard, the progress file, and the numbers of metrics/train.json."""
+"""Where the points of a training go: MLflow, TensorBoard, and the numbers of metrics/train.json."""
 
-import csv
-import io
 import json
 import math
 from pathlib import Path
 
 from stages.params import Train
-from stages.storage import manifest
 from stages.training.progress import Progress
-
-COLUMNS = [
-    "step", "questions_seen", "train_loss_per_sequence", "train_loss_per_token", "val_loss_per_sequence",
-    "val_loss_per_token", "learning_rate", "gradient_norm", "question_encoder_gradient_norm", "prior_entropy",
-    "distinct_passages", "seconds_per_step", "seconds_per_batch", "questions_per_second", "tokens_per_second",
-    "mfu", "host_wait", "gpu_utilization", "gpu_memory", "skipped_steps", "overflow_steps", "micro_batch",
-    "context_encoder_gradient_norm", "refresh_wait", "cross_encoder_gradient_norm", "score_scale", "hybrid_weight",
-    "cross_weight", "temperature", "questions_without_passages", "val_questions_without_passages",
-]  # fmt: skip
-
 
 # MLflow and TensorBoard draw what has the same word before its slash together, in alphabetical order: losses first.
 TRACKED = {
@@ -101,15 +88,6 @@ class Curves:
             for name, value in values.items():
                 self.board.add_scalar(name, value, point["step"])
             self.board.flush()
-
-    @staticmethod
-    def write_csv(history: list[dict], path: Path) -> None:
-        """A row a logged step; what was not measured at a step stays empty, what single ranks measured is left out."""
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(history)
-        manifest.write_whole(path, text.getvalue())
 
 
 def summary(progress: Progress, settings: Train, keeps_best: bool) -> dict[str, float]:

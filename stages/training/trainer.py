@@ -32,6 +32,8 @@ from stages.training.skipped_steps import Skips, step_unless
 from stages.training.throughput import DeviceGaps, gpu_use_of_ranks, matrix_rate, training_flop, weights_by_tokens
 from stages.training.validation import VALIDATION_BATCH, validation_loss
 
+SHOWN = {"loss": "train_loss_per_sequence", "val_loss": "val_loss_per_sequence"}  # in the bar
+
 
 class Trainer:
     """One training run of a RAG model under a recipe."""
@@ -109,6 +111,7 @@ class Trainer:
         bar = tqdm(
             total=settings.max_steps, initial=progress.step, desc="train", unit=" steps", disable=not ranks.is_main()
         )
+        shown: dict[str, str] = {}
         self.rag.train()
         while progress.step < settings.max_steps:
             norms = self._step(stream, training, window)
@@ -122,8 +125,9 @@ class Trainer:
                 pause = time.perf_counter()
                 point |= self._validate(validation)
                 window.started += time.perf_counter() - pause
-                bar.set_postfix_str(f"val loss {point['val_loss_per_sequence']:.3f}")
             if point:
+                shown |= {name: f"{point[key]:.3f}" for name, key in SHOWN.items() if key in point}
+                bar.set_postfix(shown)
                 window.waits.opened = None  # validating and logging are no waiting for the host
                 self._point({"step": progress.step, "questions_seen": progress.questions_seen, **point}, on_point)
             stop = ranks.most(asked_to_stop() or 0)

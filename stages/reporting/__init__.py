@@ -1,0 +1,1 @@
+"""Pages for people: the report on one experiment or two, the page to ask."""
