@@ -128,4 +128,4 @@ def test_recall_is_absent_where_no_test_question_names_a_passage(tmp_path, monke
     for split in ("train", "validation", "test"):
         row = {"id": "q", "question": "Which tower?", "answers": ["x"], "positive_ids": []}
         write_rows(tmp_path / f"data/prepared/{split}.arrow", QUESTIONS, [row])
-    assert lexical.find_hits(tmp_path, 1, 1) == {}
+    assert lexical.find_hits(tmp_path, 1, 1, "en") == {}
