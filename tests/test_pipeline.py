@@ -446,12 +446,13 @@ def test_a_reranker_trains_is_asked_and_measured_and_fsdp_refuses_it(project):
         "train.answers": "drawn",
     }  # fmt: skip
     settings = [part for name, value in changes.items() for part in ("-S", f"{name}={value}")]
-    assert ran(run(project, "dvc", "exp", "run", *settings).stdout)[-3:] == ["reranker", "train", "evaluate"]
+    assert ran(run(project, "dvc", "exp", "run", *settings).stdout)[-4:] == [
+        "reranker", "train", "evaluate", "report",
+    ]  # fmt: skip
     warm = json.loads((project / "metrics/reranker.json").read_text())
     assert warm["steps"] == 3 and warm["candidates"] == 6 and warm["hard_negatives_mined"] > 1
     assert all(isinstance(value, int | float) for value in warm.values())
-    rows = list(csv.DictReader((project / "metrics/curves.csv").open()))
-    assert rows[-1]["temperature"] and float(rows[-1]["cross_encoder_gradient_norm"]) > 0
+    assert curve(project, "temperature") and curve(project, "cross_encoder_gradient_norm")[-1][1] > 0
     assert (project / "data/model/prior.json").is_file() and (
         project / "data/model/reranker/model.safetensors"
     ).is_file()
