@@ -72,10 +72,11 @@ def test_nothing_changed_only_the_look_at_the_inputs_runs(project):
 
 def test_a_temporary_run_finds_files_that_git_does_not_track(project):
     done = run(project, "dvc", "exp", "run", "--temp", "-S", "lengths.context_tokens=100")
-    assert ran(done.stdout) == ["inputs", "tokens", "train", "evaluate"]
+    assert ran(done.stdout) == ["inputs", "tokens", "train", "evaluate", "report"]
     assert ran(run(project, "dvc", "exp", "run", "--temp", "-S", "evaluate.num_beams=1").stdout) == [
         "inputs",
         "evaluate",
+        "report",
     ]
 
 
