@@ -31,9 +31,10 @@ repro: install  ## run the pipeline on what params.yaml says, the embedded sampl
 	@echo
 	@echo "next:  . $(VENV)/bin/activate"
 	@echo "       python -m stages.ask 'Which country is Warsaw Modlin Airport in?'"
-	@echo "       mlflow ui                              # the run, its curves and its checkpoint, on 127.0.0.1:5000"
-	@echo "       dvc plots show                         # an HTML page of the loss curves"
-	@echo "       dvc exp run -S train.max_steps=120     # change something, then: dvc metrics diff"
+	@echo "       make ui                                # the run in MLflow: loss curves, scores, the model"
+	@echo "       make report                            # a page: scores, curves, wrong answers"
+	@echo "       make demo                              # a page to ask"
+	@echo "       dvc exp run -n more -S train.max_steps=200    # change something (commit first), then: make runs"
 
 compare: install  ## both recipes as DVC experiments `old` and `new`, then what differs
 	python -m stages.compare recipes
