@@ -39,7 +39,10 @@ def their_training(
     """
     theirs = their_model(rag, options.n_docs)
     theirs.train()
-    rates = Namespace(weight_decay=0.01, learning_rate=3e-5, question_encoder_learning_rate=None)
+    rates = Namespace(
+        weight_decay=0.01, learning_rate=3e-5, question_encoder_learning_rate=None, reranker_learning_rate=None,
+        prior_learning_rate=1e-2,
+    )  # fmt: skip
     optimizer = make_optimizer(rag, rates)
     batches = batches_of(rag, batch_size)
 
