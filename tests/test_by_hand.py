@@ -21,6 +21,7 @@ from tests.test_pipeline import ROOT, SMALL, merged, run
 pytestmark = pytest.mark.slow
 STAGES = (
     "inputs", "prepare", "tokens", "positives", "retriever", "lexical", "encode", "index", "reranker", "train", "evaluate",
+    "report",
 )  # fmt: skip
 
 
