@@ -100,7 +100,8 @@ def search(
         return rows, scores
     words = words_of(questions, return_ids=False, language=language)
     tasks = [(words[at : at + QUESTIONS_A_TASK], depth) for at in range(0, len(words), QUESTIONS_A_TASK)]
-    for first, index in tqdm(shards, desc="search by BM25", unit=" shards"):
+    # One question at a time (ask) needs no bar.
+    for first, index in tqdm(shards, desc="search by BM25", unit=" shards", disable=len(questions) == 1):
         hits, of_hits = (np.concatenate(parts) for parts in zip(*_hits_of_all(index, tasks, processes), strict=True))
         rows = np.concatenate([rows, np.where(hits < 0, -1, hits + first)], axis=1)
         scores = np.concatenate([scores, of_hits], axis=1)

@@ -114,7 +114,8 @@ def _through(model: nn.Module, ids: Tensor, positions: Tensor, mix: Callable[...
         lower, upper = rotated.chunk(2, dim=-1)
         rotated = rotated * cos + torch.cat([-upper, lower], dim=-1) * sin
         mixed = mix(rotated[:, :heads], rotated[:, heads:], value, module.scaling)
-        states = states + module.o_proj(mixed.flatten(1))
+        # What is merged of two softmaxes is fp32.
+        states = states + module.o_proj(mixed.flatten(1).to(states.dtype))
         states = states + layer.mlp(_norm(layer.post_attention_layernorm, states))
     return _norm(stack.norm, states)
 
