@@ -1,4 +1,4 @@
-"""One question at a time to the trained model, as `ask` and the page to ask do."""
+"""Questions to a trained model outside of the pipeline: `ask`, the page to ask, the model that MLflow holds."""
 
 import math
 import unicodedata
@@ -10,6 +10,7 @@ from stages.bm25.hits import find_hits
 from stages.corpus.arrow import row_reader
 from stages.corpus.token_store import TokenStore
 from stages.evaluation.answering import answer, passages_of, retrieve
+from stages.evaluation.decoding import Answer
 from stages.generation import marginalization
 from stages.params import Params
 from stages.rag.folder import load_rag_parts
@@ -18,45 +19,61 @@ from stages.rag.prior import load_prior
 from stages.search.passage_index import index_folders
 from stages.search.reranking import load_reranker
 
-PREPARED, TOKENS, LEXICAL = Path("data/prepared"), Path("data/tokens"), Path("data/lexical")
-VECTORS, INDEX, MODEL = Path("data/vectors"), Path("data/index"), Path("data/model")
-RERANKER = Path("data/reranker")
+DATA = Path("data")
 
 
 class Asker:
-    """The outputs of the last run, ready for questions. Raises ValueError where they are not there or damaged."""
+    """A trained model over the passages of one folder, ready for questions.
 
-    def __init__(self, params: Params, device: torch.device):
-        folders = index_folders(MODEL, INDEX, VECTORS)
-        needed = [PREPARED, TOKENS, *folders, MODEL, *([RERANKER] if params.models.reranker else [])]
+    `data` holds prepared, tokens, lexical, index, vectors and reranker as the pipeline leaves them; `model` is the folder
+    of the weights, data/model where it is not named. Raises ValueError where they are not there or damaged.
+    """
+
+    def __init__(self, params: Params, device: torch.device, data: Path = DATA, model: Path | None = None):
+        model = model or data / "model"
+        folders = index_folders(model, data / "index", data / "vectors")
+        reranker = data / "reranker"
+        needed = [data / "prepared", data / "tokens", *folders, model, *([reranker] if params.models.reranker else [])]
         missing = [str(one) for one in dict.fromkeys(needed) if not one.is_dir()]
         if missing:
             raise ValueError(
                 f"{', '.join(missing)}: not there; `dvc checkout` brings back the outputs of the last run, which a killed "
                 "experiment takes away; `dvc repro` makes them"
             )
-        self.params, self.device = params, device
-        self.passage, self.passages = row_reader(PREPARED / "passages.arrow"), len(TokenStore.open(TOKENS))
+        self.params, self.device, self.lexical = params, device, data / "lexical"
+        self.passage, self.passages = (
+            row_reader(data / "prepared/passages.arrow"),
+            len(TokenStore.open(data / "tokens")),
+        )
         self.rag = open_rag_on(
-            load_rag_parts(MODEL), folders, TOKENS, params, device, load_prior(MODEL, params.retriever),
-            reranker=load_reranker(RERANKER, params.models.reranker, MODEL / "reranker"),
+            load_rag_parts(model), folders, data / "tokens", params, device, load_prior(model, params.retriever),
+            reranker=load_reranker(reranker, params.models.reranker, model / "reranker"),
         )  # fmt: skip
         self.rag.eval()
 
     def ask(self, question: str) -> dict:
-        """{"question", "answer", "log_prob", "probability", "passages": [{"id", "title", "text", "prior", "posterior"}]}."""
-        question = unicodedata.normalize("NFC", question)
-        hits = find_hits(LEXICAL, [question], self.params.retriever.hybrid_depth)
-        examples = self.rag.examples([question], [""], hits).to(self.device)
-        found = retrieve(self.rag, examples, self.rag.n_docs, 1)
+        """`answers` of one question."""
+        return self.answers([question])[0]
+
+    def answers(self, questions: list[str]) -> list[dict]:
+        """{"question", "answer", "log_prob", "probability", "passages": [{"id", "title", "text", "prior", "posterior"}]}
+        of each question, decoded as params.evaluate says."""
+        if not questions:
+            return []
+        rag, settings = self.rag, self.params.evaluate
+        questions = [unicodedata.normalize("NFC", question) for question in questions]
+        hits = find_hits(self.lexical, questions, self.params.retriever.hybrid_depth)
+        examples = rag.examples(questions, [""] * len(questions), hits).to(self.device)
+        found = retrieve(rag, examples, rag.n_docs, settings.batch_size)
         prior = marginalization.log_prior(found.scores)
-        marginal = self.params.recipe.marginalization
-        given = next(answer(self.rag, examples, found.rows, prior, self.params.evaluate, marginal, ""))
-        texts = [self.passage(row) if row >= 0 else None for row in found.rows[0].tolist()]
+        given = answer(rag, examples, found.rows, prior, settings, self.params.recipe.marginalization, "")
+        return [self._row(*of_one) for of_one in zip(questions, given, prior, found.rows.tolist(), strict=True)]
+
+    def _row(self, question: str, given: Answer, prior: torch.Tensor, rows: list[int]) -> dict:
         return {
             "question": question,
             "answer": given.text,
             "log_prob": given.log_prob,
             "probability": math.exp(min(0.0, given.log_prob)),
-            "passages": passages_of(given, prior[0], texts),
+            "passages": passages_of(given, prior, [self.passage(row) if row >= 0 else None for row in rows]),
         }
