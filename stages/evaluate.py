@@ -36,6 +36,7 @@ def main() -> None:
     from stages.search.passage_index import index_folders
     from stages.search.reranking import load_reranker
     from stages.storage import manifest
+    from stages.storage.checkpoints import digest
     from stages.storage.leftovers import drop_finished
     from stages.tracking.journal import flatten
     from stages.tracking.runs import reopen_trained
@@ -79,8 +80,10 @@ def main() -> None:
         tracker.log_text(verdicts.text, "signs-evaluate.txt")
         tracker.describe(f"{evaluation_text(metrics, settings.split, verdicts)}\n\n{trained['description']}")
         name = f"{settings.split}: {settings.decoding}, {settings.num_beams} beams"
+        # The same answers under the same settings are the same evaluation, however often a killed command was repeated.
+        key = f"{settings.split}-{settings.decoding}-{settings.num_beams}-{digest(PREDICTIONS / 'predictions.jsonl')}"
         tracker.log_child(
-            name, started, {"evaluate": {**settings.model_dump(), **facts}}, scores, verdicts.tags,
+            key, name, started, {"evaluate": {**settings.model_dump(), **facts}}, scores, verdicts.tags,
             {"signs-evaluate.txt": verdicts.text},
         )  # fmt: skip
         tracker.log_table([table_row(row) for row in predictions[:TABLE_ROWS]], "predictions.json")

@@ -109,9 +109,9 @@ def not_finite(folder: Path, **settings):
 
     original = trainer.Trainer._accumulate
 
-    def poisoned(self, examples, rows, divisor, window):
+    def poisoned(self, examples, rows, shares, divisor, window):
         bad = ranks.is_main() and self.progress.step == 1
-        original(self, examples, rows, float("nan") if bad else divisor, window)
+        original(self, examples, rows, shares, float("nan") if bad else divisor, window)
 
     trainer.Trainer._accumulate = poisoned
     return train(folder, **settings)

@@ -89,8 +89,8 @@ def test_numbers_that_a_tool_wrote_as_text_are_numbers(tmp_path, key, value, exp
         ),
         (
             "retriever.hybrid_depth",
-            3,
-            "retriever.hybrid_depth: 3 hits are fewer than retriever.n_docs .5.; raise it or set it",
+            1,
+            "retriever.hybrid_depth: 1 hits are fewer than retriever.n_docs .2.; raise it or set it",
         ),
         ("retriever.hybrid_weight", -0.1, "retriever.hybrid_weight:.*greater than or equal to 0"),
         ("retriever.hard_negatives.count", -1, "retriever.hard_negatives.count:.*greater than or equal to 0"),
@@ -110,7 +110,7 @@ def test_numbers_that_a_tool_wrote_as_text_are_numbers(tmp_path, key, value, exp
         ("recipes.new.marginalization", "mean", "recipes.new.marginalization"),
         ("recipes.new.precision", "int8", "recipes.new.precision"),
         ("train.recipe", "newer", "train.recipe: no recipe named 'newer'.*new, old"),
-        ("train.warmup_steps", 60, "train.warmup_steps.*train.max_steps"),
+        ("train.warmup_steps", 120, "train.warmup_steps.*train.max_steps"),
         ("lengths.context_tokens", 50, "lengths.context_tokens: 50 leaves no room"),
         ("signs.distinct_passages", 1.5, "signs.distinct_passages"),
         ("runtime.device", "tpu", "runtime.device"),
@@ -132,7 +132,7 @@ def test_a_recipe_that_would_never_update_is_refused(tmp_path):
 
 def test_fewer_candidates_than_passages_read_are_refused_where_there_is_a_reranker(tmp_path):
     values = yaml.safe_load(SHIPPED)
-    values["retriever"]["rerank_depth"] = 4
+    values["retriever"] |= {"n_docs": 5, "rerank_depth": 4}
     load(tmp_path, yaml.safe_dump(values))
     values["models"]["reranker"] = "data/tiny/encoder"
     with pytest.raises(ValueError, match="retriever.rerank_depth: 4 candidates are fewer than retriever.n_docs .5."):

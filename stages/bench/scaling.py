@@ -149,7 +149,8 @@ def summing(rag: Rag, questions: Examples, device: torch.device) -> dict:
 class TokenizedPassages:
     """Random passages for the code that encodes a corpus, and their tokenizer in one: their text is token ids already."""
 
-    pad_token_id = 0
+    # A tokenizer without special tokens, as corpus/text_tokens.py asks for them.
+    pad_token_id, unk_token_id, chat_template, added_tokens_decoder = 0, None, None, {}
 
     def __init__(self, store: TokenStore):
         self.store = store
@@ -165,6 +166,9 @@ class TokenizedPassages:
 
     def __call__(self, titles: list[str], texts: list[list[int]], **limits) -> dict[str, list[list[int]]]:
         return {"input_ids": texts}
+
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        return 0
 
 
 def encoding(options: Namespace, device: torch.device) -> dict:

@@ -16,7 +16,6 @@ import re
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -130,11 +129,13 @@ def _model_name(name: str) -> str:
     return re.sub(r'[/:.%"\']', "-", str(name))
 
 
-def child_record(name: str, started: float, params: Mapping, metrics: Mapping, tags: Mapping, texts: Mapping) -> dict:
+def child_record(
+    key: str, name: str, started: float, params: Mapping, metrics: Mapping, tags: Mapping, texts: Mapping
+) -> dict:
     """A finished run below the journal's own: all of it in one record. texts: {artifact file: content}."""
     return record(
         "child",
-        session=uuid.uuid4().hex,
+        session=key,
         name=name,
         started=int(1000 * started),
         params=params_records(params)[0]["values"],

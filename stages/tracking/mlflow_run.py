@@ -233,11 +233,13 @@ class MlflowRun:
             self.is_uploading = False
 
     def _child(self, run_id: str, entry: dict) -> None:
-        same = f"tags.`{SESSION_TAG}` = '{entry['session']}'"
+        same = f"tags.`{SESSION_TAG}` = '{entry['session']}' and tags.`mlflow.parentRunId` = '{run_id}'"
         child = next(iter(self._client.search_runs([self.state["experiment_id"]], same, max_results=1)), None)
         if child is None:
             tags = {SESSION_TAG: entry["session"], "mlflow.parentRunId": run_id}
             child = self._client.create_run(self.state["experiment_id"], entry["started"], tags, entry["name"])
+        if child.info.status == "FINISHED":
+            return
         child_id = child.info.run_id
         self._params(child_id, {"values": entry["params"]})
         self._client.log_batch(

@@ -186,12 +186,15 @@ class Tracker:
         self._put(lambda: journals.dataset_record(name, digest, source, context, profile))
 
     def log_child(
-        self, name: str, started: float, params: Mapping, metrics: Mapping, tags: Mapping, texts: Mapping[str, str]
-    ) -> None:
+        self, key: str, name: str, started: float, params: Mapping, metrics: Mapping, tags: Mapping,
+        texts: Mapping[str, str],
+    ) -> None:  # fmt: skip
         """A finished run below this one, e.g. an evaluation with its own parameters. started: seconds since 1970.
 
+        key: of two with the same key below one run the first alone is kept: a command that is repeated after a kill.
+
         texts: {artifact file: content}."""
-        self._put(lambda: journals.child_record(name, started, params, metrics, tags, texts))
+        self._put(lambda: journals.child_record(key, name, started, params, metrics, tags, texts))
 
     def describe(self, text: str) -> None:
         """Markdown that MLflow shows as the description of the run and of the models that it has registered."""

@@ -611,7 +611,7 @@ def test_four_processes_on_a_fresh_store(root):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pause", [0.05, 0.4, 0.8])
+@pytest.mark.parametrize("pause", [0.05, 0.2, 0.4])
 def test_killed_while_it_makes_the_store(root, pause):
     """MLflow's migrations are many statements; SQLite keeps those that were done."""
     (root / "mlflow.db").unlink()
@@ -919,7 +919,15 @@ def test_an_evaluation_is_a_child_and_leaves_the_run_its_duration(root):
         with tracking.reopen_trained(root, trained) as again:
             again.log_metrics({"test/em": em}, of_model=True)
             again.describe(f"EM {em}")
-            again.log_child(f"{beams} beams", time.time(), {"evaluate": {"num_beams": beams}}, {"test/em": em}, {}, {})
+            again.log_child(
+                f"key-{beams}",
+                f"{beams} beams",
+                time.time(),
+                {"evaluate": {"num_beams": beams}},
+                {"test/em": em},
+                {},
+                {},
+            )
     run = client.get_run(tracker.run_id)
     assert (run.info.status, run.info.end_time) == ("FINISHED", before.end_time)
     assert run.data.metrics["test/em"] == 40 and run.data.tags["mlflow.note.content"] == "EM 40.0"
@@ -929,7 +937,7 @@ def test_an_evaluation_is_a_child_and_leaves_the_run_its_duration(root):
     assert version.description == "EM 40.0"
     children = [one for one in runs(client) if one.data.tags.get("mlflow.parentRunId") == run.info.run_id]
     found = sorted((one.data.params["evaluate.num_beams"], one.data.metrics["test/em"]) for one in children)
-    assert found == [("1", 40.0)] * 3 + [("4", 50.0)]
+    assert found == [("1", 40.0), ("4", 50.0)], "one of each, however often it is repeated"
     assert all(one.info.status == "FINISHED" for one in children)
 
 
