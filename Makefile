@@ -78,7 +78,7 @@ chaos: install-dev  ## (development) kill the pipeline at 20 random points, comp
 	python -m stages.chaos
 
 unlock: install  ## (development) mend dvc.lock and DVC's rwlock where a killed DVC left them half written
-	python -m stages.unlock
+	python -m stages.chaos.unlock
 
 audit: install-dev  ## (development) known vulnerabilities of the installed packages; reports, never fails
 	@out=$$(pip-audit --progress-spinner off --skip-editable 2>&1); code=$$?; echo "$$out"; \

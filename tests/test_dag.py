@@ -16,7 +16,7 @@ STAGES = Path("stages")
 DAG = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
 PIPELINE = list(DAG)
 CACHED = [stage for stage in PIPELINE if not DAG[stage].get("always_changed")]
-COMMANDS = ["ask", "check", "compare", "demo", "publish", "recall", "runs", "unlock"]
+COMMANDS = ["ask", "check", "compare", "demo", "publish", "recall", "runs"]
 PROGRAMS = ["bench", "chaos", "pretraining"]
 LIGHT = {"stages.params", "stages.storage.outside_files"}
 # A wing may import those below it; stages/README.md draws the same.

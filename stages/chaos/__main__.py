@@ -88,7 +88,7 @@ def main() -> None:
             attempts = 1
             while (again := dvc(folder)).returncode and attempts < 4:
                 print(again.stdout[-1500:] + again.stderr[-1500:], file=sys.stderr)
-                unlock = [sys.executable, "-m", "stages.unlock"]  # DVC itself was killed inside one of its files
+                unlock = [sys.executable, "-m", "stages.chaos.unlock"]  # DVC itself was killed inside one of its files
                 mended = subprocess.run(unlock, cwd=folder, env=environment(), capture_output=True, text=True).stdout
                 hit += f"  ({mended.split(':')[0]}: make unlock)" if mended else ""
                 attempts += 1

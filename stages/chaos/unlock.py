@@ -1,6 +1,6 @@
 """Mends what a killed DVC leaves half written: .dvc/tmp/rwlock and dvc.lock (not a stage).
 
-    python -m stages.unlock                         # harmless where nothing is wrong
+    python -m stages.chaos.unlock                         # harmless where nothing is wrong
 
 DVC 3.67 rewrites both in place. Killed in the middle, it says "Unable to read RWLock-file" or "'./dvc.lock' validation
 failed" at every later command. Without dvc.lock it takes finished stages from its run cache and runs none of them again.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stages import unlock
+from stages.chaos import unlock
 
 
 @pytest.fixture
