@@ -1,7 +1,7 @@
 """Comparisons through DVC's experiments: temporary runs and two queue workers, nothing lost."""
 
 import json
-import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -82,11 +82,8 @@ def test_a_grid_of_learning_rates_with_two_workers(project):  # noqa: F811
     )
     run(project, "dvc", "queue", "start", "-j", "2")
     try:
-        for _ in range(60):
-            status = run(project, "dvc", "queue", "status").stdout
-            if "Running" not in status and "Queued" not in status:
-                break
-            subprocess.run(["sleep", "5"], check=True)
+        while "Running" in (status := run(project, "dvc", "queue", "status").stdout) or "Queued" in status:
+            time.sleep(5)
         assert status.count("Success") == 3, status
     finally:
         run(project, "dvc", "queue", "stop", "--kill", check=False)

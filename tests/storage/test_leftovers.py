@@ -80,14 +80,14 @@ def hold(folder, name, seconds):
 
 
 def test_the_second_of_two_waits_for_the_first_and_a_killed_owner_leaves_no_lock(tmp_path):
-    owner = hold(tmp_path, "abc", 60)
+    owner = hold(tmp_path, "abc", 3600)
     assert owner.stdout.readline() == "held\n"
     leftovers.lock(tmp_path, "other").release()
     second = hold(tmp_path, "abc", 0)
     assert "another process trains exactly this" in second.stdout.readline() and second.poll() is None
     owner.kill()
     owner.wait()
-    assert second.stdout.readline() == "held\n" and second.wait(10) == 0
+    assert second.stdout.readline() == "held\n" and second.wait() == 0
     for process in (owner, second):
         process.stdout.close()
 
@@ -95,7 +95,7 @@ def test_the_second_of_two_waits_for_the_first_and_a_killed_owner_leaves_no_lock
 def test_what_a_waiting_process_will_read_is_not_dropped(tmp_path, inputs):
     name, _, checkpoints = training(tmp_path, inputs, 1e-3)
     checkpoints.finish({"w": torch.ones(2)}, {})
-    owner = hold(tmp_path, name, 60)
+    owner = hold(tmp_path, name, 3600)
     assert owner.stdout.readline() == "held\n"
     leftovers.drop_finished(tmp_path, name)
     assert checkpoints.is_finished()
