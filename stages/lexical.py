@@ -30,7 +30,7 @@ def main() -> None:
         processes = params.runtime.threads or len(allowed_cores())
         metrics |= find_hits(work, depth, processes, params.data.language)
 
-    from stages.bm25.hits import DEPTH
+    from stages.bm25.hits_folder import DEPTH
     from stages.storage import manifest
 
     manifest.write_json(work / DEPTH, {"depth": depth, "language": params.data.language})

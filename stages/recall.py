@@ -36,7 +36,8 @@ def main() -> None:
     device = prepare_torch(params.runtime)
     import torch
 
-    from stages.bm25.hits import kept_depth, read_hits
+    from stages.bm25.hits import read_hits
+    from stages.bm25.hits_folder import kept_depth
     from stages.corpus.answers import hits_with_answers
     from stages.corpus.arrow import gold_rows, read_rows
     from stages.corpus.recall import recalls

@@ -33,10 +33,10 @@ def main() -> None:
     if params.models.reranker:
         metrics = warm_up(work, params, prepare_torch(params.runtime))
 
-    from stages.search.reranking import FACTS
+    from stages.search import reranker_folder
     from stages.storage import manifest
 
-    manifest.write_json(work / FACTS, {"model": params.models.reranker})
+    reranker_folder.record(work, params.models.reranker)
     manifest.record_folder(work)
     manifest.put_in_place(work, RERANKER)
     manifest.write_metrics(METRICS, metrics)

@@ -4,7 +4,6 @@ All candidates are scored without gradient; those that are read then get their s
 tokenized once, by the stage of the same name, and gathered on the device.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -13,10 +12,8 @@ from torch import Tensor
 from stages.compute.precision import has_bf16
 from stages.corpus.token_store import TokenStore
 from stages.encoders.cross_encoder import Asked, CrossEncoder, load_cross_encoder
-from stages.storage import manifest
+from stages.search import reranker_folder
 
-FACTS = "reranker.json"
-REMEDY = "run `dvc repro --force reranker`"
 TOKENS_AT_ONCE = {"cpu": 16384, "cuda": 262144}
 
 
@@ -66,11 +63,6 @@ def load_reranker(folder: Path, named: str | None, trained: Path | None = None) 
     """
     if named is None:
         return None
-    if not (folder / FACTS).is_file():
-        raise ValueError(f"{folder / FACTS}: not found; run `dvc repro` (or python -m stages.reranker) first")
-    manifest.check(folder, None, REMEDY)
-    found = json.loads((folder / FACTS).read_text(encoding="utf-8"))["model"]
-    if found != named:
-        raise ValueError(f"{folder}: made of {found}, but models.reranker is {named}; {REMEDY}")
+    reranker_folder.check(folder, named)
     tokens = TokenStore.open(folder / "tokens", "reranker")
     return Reranker(load_cross_encoder(str(trained or folder / "model")), tokens)

@@ -6,9 +6,9 @@ import torch
 from stages.corpus.token_store import TokenStore, write_tokens
 from stages.encoders.reranker_warmup import asked_rows
 from stages.rag.model import open_rag
-from stages.search import reranking
+from stages.search import reranker_folder, reranking
 from stages.search.candidates import fitted_weights
-from stages.search.reranking import FACTS, load_reranker
+from stages.search.reranking import load_reranker
 from stages.storage import manifest
 from tests.tiny_rag import LENGTHS, QUESTIONS, TITLES, tiny_rag, tiny_reranker
 
@@ -46,7 +46,7 @@ def test_what_the_stage_left_is_read_and_what_does_not_fit_is_named(tmp_path):
     rows = reranker.tokens
     lists = [rows.tokens[a:b].tolist() for a, b in zip(rows.offsets, rows.offsets[1:], strict=False)]
     write_tokens(tmp_path / "tokens", [lists], 7168)
-    manifest.write_json(tmp_path / FACTS, {"model": "some/model"})
+    reranker_folder.record(tmp_path, "some/model")
     manifest.record_folder(tmp_path)
     again = load_reranker(tmp_path, "some/model")
     assert torch.equal(again.tokens.tokens.int(), rows.tokens.int())
