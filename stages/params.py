@@ -252,13 +252,14 @@ class Train(Section):
 
 
 class Recipe(Section):
+    reading: Literal["each", "together"]
     marginalization: Literal["sequence", "token", "average"]
     accumulation: Literal["across_batches", "within_batch"]
     batching: Literal["true_batches", "one_at_a_time"]
     precision: Literal["auto", "bf16", "fp16", "fp32"]
     checkpoints: Literal["best", "last"]
     tensorboard: bool
-    retriever_gradient: Literal["exact", "none"]
+    retriever_gradient: Literal["exact", "emdr2", "perplexity_distillation", "none"]
 
 
 class Evaluate(Section):
@@ -345,14 +346,37 @@ class Params(Section):
         return self
 
     @model_validator(mode="after")
+    def _what_is_read_together_has_no_marginal(self) -> "Params":
+        if self.train.recipe not in self.recipes:
+            return self
+        recipe, where = self.recipe, f"recipes.{self.train.recipe}"
+        if recipe.reading == "each":
+            if recipe.retriever_gradient not in ("exact", "none"):
+                raise ValueError(
+                    f"{where}.retriever_gradient: {recipe.retriever_gradient} is a loss beside {where}.reading: together; with "
+                    "each, use exact (the marginal's own) or none"
+                )
+        elif recipe.retriever_gradient == "exact":
+            raise ValueError(
+                f"{where}.retriever_gradient: exact is the marginal's, which {where}.reading: together does not have; use "
+                "emdr2, perplexity_distillation or none"
+            )
+        elif recipe.marginalization != "sequence":
+            raise ValueError(
+                f"{where}.marginalization: {recipe.marginalization} is of answers under single passages; with {where}.reading: "
+                "together, use sequence"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _the_index_can_be_refreshed(self) -> "Params":
         where, recipe = f"train.index_refresh_steps: {self.train.index_refresh_steps}", f"recipes.{self.train.recipe}"
         if not self.train.index_refresh_steps or self.train.recipe not in self.recipes:
             return self
         if self.recipe.retriever_gradient == "none":
             raise ValueError(
-                f"{where}, but {recipe}.retriever_gradient: none leaves the encoders without a gradient; use exact or set "
-                "train.index_refresh_steps to 0"
+                f"{where}, but {recipe}.retriever_gradient: none leaves the encoders without a gradient; use exact (with "
+                "reading: together, emdr2) or set train.index_refresh_steps to 0"
             )
         if self.recipe.marginalization == "average":
             raise ValueError(

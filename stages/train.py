@@ -6,8 +6,8 @@
     torchrun --nproc-per-node=4 -m stages.train     # or runtime.processes: 4; four ranks, the same updates
     accelerate launch --use_fsdp --fsdp_version 2 --num_processes 4 -m stages.train     # each holding a quarter
 
-The result is a transformers RAG checkpoint; where the context encoder trains too (train.index_refresh_steps), it and the
-index of its vectors lie beside it. Killed and started again, it goes on from its last checkpoint.
+The result is a transformers RAG checkpoint, or a folder a model (stages/rag/folder.py says when); where the context encoder
+trains too (train.index_refresh_steps), it and the index of its vectors lie beside it. Killed and started again, it goes on from its last checkpoint.
 """
 
 import math
@@ -99,7 +99,7 @@ def train_and_leave(params: Params, trainer, examples: dict, workplace, device) 
 
         metrics = summary(trainer.progress, params.train, params.recipe.checkpoints == "best")
         with replacing(MODEL) as (made,):
-            save_rag(trainer.rag, made, params.recipe.marginalization)
+            save_rag(trainer.rag, made, params.recipe.marginalization, params.recipe.reading)
         verdicts = training_signs(trainer.progress.history, metrics, params.signs, device.type == "cuda")
         tracker.set_tags(verdicts.tags)
         tracker.log_text(verdicts.text, "signs-train.txt")

@@ -19,7 +19,7 @@ def keys_of(values: dict, prefix: str = "") -> set[str]:
 
 
 def test_the_promised_presets_are_there():
-    assert [path.stem for path in PRESETS] == ["decoder-only", "files", "nq", "old", "sample", "small-gpu"]
+    assert [path.stem for path in PRESETS] == ["decoder-only", "fid", "files", "nq", "old", "sample", "small-gpu"]
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
@@ -43,6 +43,9 @@ def test_presets_are_what_they_say():
     assert old.recipe == old.recipes["old"] and (old.train.batch_size, old.train.gradient_accumulation_steps) == (8, 4)
     assert old.train.max_steps == 3000 * 2, "a batch of 8 is two updates"
     assert (small.batch_size, small.gradient_accumulation_steps, small.gradient_checkpointing) == (1, 32, True)
+    fid = preset["fid"]
+    assert (fid.recipe.reading, fid.recipe.retriever_gradient, fid.retriever.n_docs) == ("together", "emdr2", 10)
+    assert fid.models == preset["nq"].models and fid.data == preset["nq"].data
     assert preset["files"].data.source == "files"
     small = preset["decoder-only"]
     assert small.retriever.hybrid_depth and small.retriever.hard_negatives.count and small.train.compile

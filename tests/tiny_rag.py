@@ -34,12 +34,12 @@ TEXTS = [f"{title} lies {10 * i} km from the sea. " * (1 + i % 3) for i, title i
 QUESTIONS = [f"How far is {title} from the sea" + " really" * (i % 4) + "?" for i, title in enumerate(TITLES)]
 ANSWERS = [f"{10 * i} km" if i % 2 else f"{10 * i}" for i in range(len(TITLES))]
 NEW = Recipe(
-    marginalization="sequence", accumulation="across_batches", batching="true_batches", precision="fp32",
-    checkpoints="best", tensorboard=False, retriever_gradient="exact",
+    reading="each", marginalization="sequence", accumulation="across_batches", batching="true_batches",
+    precision="fp32", checkpoints="best", tensorboard=False, retriever_gradient="exact",
 )  # fmt: skip
 OLD = Recipe(
-    marginalization="average", accumulation="within_batch", batching="one_at_a_time", precision="fp32",
-    checkpoints="last", tensorboard=False, retriever_gradient="none",
+    reading="each", marginalization="average", accumulation="within_batch", batching="one_at_a_time",
+    precision="fp32", checkpoints="last", tensorboard=False, retriever_gradient="none",
 )  # fmt: skip
 SETTINGS = Train(
     recipe="new", seed=7, max_steps=4, batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-3,

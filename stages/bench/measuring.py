@@ -27,8 +27,8 @@ from stages.training.throughput import matrix_rate, synchronize
 from stages.training.trainer import Trainer
 
 NEW = {
-    "marginalization": "sequence", "accumulation": "across_batches", "batching": "true_batches", "precision": "auto",
-    "checkpoints": "last", "tensorboard": False, "retriever_gradient": "exact",
+    "reading": "each", "marginalization": "sequence", "accumulation": "across_batches", "batching": "true_batches",
+    "precision": "auto", "checkpoints": "last", "tensorboard": False, "retriever_gradient": "exact",
 }  # fmt: skip
 OLD = NEW | {
     "marginalization": "average", "accumulation": "within_batch", "batching": "one_at_a_time", "precision": "fp32",

@@ -39,7 +39,7 @@ def sequence_nll(prior: Tensor, token_lp: Tensor, mask: Tensor) -> Tensor:
 
     The prior enters once a sequence, so a one-token answer carries it too. `mask` [B, T] is True at answer tokens.
     """
-    return -(prior + _answer_log_probs(token_lp, mask)).logsumexp(-1)
+    return -(prior + answer_log_probs(token_lp, mask)).logsumexp(-1)
 
 
 def token_nll(prior: Tensor, token_lp: Tensor, mask: Tensor) -> Tensor:
@@ -54,13 +54,13 @@ def average_nll(prior: Tensor, token_lp: Tensor, mask: Tensor) -> Tensor:
     The prior is not in it: the gradient on the retriever's scores is exactly zero. Missing passages are left out.
     """
     present = ~prior.isinf()
-    losses = -_answer_log_probs(token_lp, mask).masked_fill(~present, 0.0)
+    losses = -answer_log_probs(token_lp, mask).masked_fill(~present, 0.0)
     return losses.sum(-1) / present.sum(-1)
 
 
 def posterior(prior: Tensor, token_lp: Tensor, mask: Tensor) -> Tensor:
     """p(z | x, y) [B, K]: what the retriever's prior should have been for this answer."""
-    return (prior + _answer_log_probs(token_lp, mask)).softmax(-1)
+    return (prior + answer_log_probs(token_lp, mask)).softmax(-1)
 
 
 def normalized_entropy(prior: Tensor) -> Tensor:
@@ -69,7 +69,8 @@ def normalized_entropy(prior: Tensor) -> Tensor:
     return entropy / torch.tensor(float(max(prior.shape[-1], 2))).log()
 
 
-def _answer_log_probs(token_lp: Tensor, mask: Tensor) -> Tensor:
+def answer_log_probs(token_lp: Tensor, mask: Tensor) -> Tensor:
+    """log p(y|x, z) [B, K] of the tokens' [B, K, T]."""
     return token_lp.masked_fill(~mask[:, None, :], 0.0).sum(-1)
 
 

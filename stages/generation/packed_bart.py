@@ -88,15 +88,49 @@ class PackedBart:
         run = self.graphs or self.log_probs
         return answers.unpack(run(packed, label_smoothing))
 
+    def joint_log_probs(
+        self, input_ids: Tensor, attention_mask: Tensor, targets: Tensor, target_mask: Tensor,
+        label_smoothing: float = 0.0, alone: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """log p(target) [B, T] in fp32, each answer reading its K encoded contexts as one (Izacard & Grave 2021).
+
+        input_ids and attention_mask [B * K, L]: the B answers' contexts; a row without a real token is left out. With
+        `alone` also log p(target) [B, K, T] under each context alone, without label smoothing and without gradient.
+        """
+        tokens, answers = Packing.of(attention_mask), Packing.of(target_mask)
+        read = F.pad(targets[:, :-1], (1, 0), value=self.prefix)
+        packed = PackedAnswers(
+            tokens.pack(input_ids), tokens, answers.pack(read), answers.pack(targets), answers,
+            len(input_ids) // len(targets), alone,
+        )  # fmt: skip
+        run = self.graphs or self.log_probs
+        scored = answers.unpack(run(packed, label_smoothing))
+        return (scored[..., 0], scored[..., 1:].detach().transpose(1, 2)) if alone else (scored, None)
+
     def log_probs(self, packed: PackedAnswers, label_smoothing: float) -> Tensor:
-        """log p [answers] of each answer token, in fp32."""
-        tokens, answers = packed.tokens, packed.answers
-        contexts = self.contexts(packed.ids, tokens)
-        states = self._embed(self.model.model.decoder, packed.read, answers)
+        """log p [answers] of each answer token, in fp32; with `packed.alone` beside it those under each context alone:
+        [answers, 1 + K]."""
+        contexts = self.contexts(packed.ids, packed.tokens)
+        read, targets, answers = packed.read, packed.targets, packed.answers
+        asked = packed.tokens.joined(packed.together) if packed.together > 1 else packed.tokens
+        joint = self._answered(read, targets, answers, contexts, asked, label_smoothing)
+        if not packed.alone:
+            return joint
+        # After the joint pass: autocast keeps the copies of weights that the first one casts, with gradient or without.
+        with torch.no_grad():
+            copies, of, places = answers.repeated(packed.together)
+            each = self._answered(read[of], targets[of], copies, contexts, packed.tokens)
+        return torch.cat([joint[:, None], each[places]], 1)
+
+    def _answered(
+        self, read: Tensor, targets: Tensor, answers: Packing, contexts: Tensor, tokens: Packing,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:  # fmt: skip
+        states = self._embed(self.model.model.decoder, read, answers)
         for layer in self.model.model.decoder.layers:
             states = self._through(self.decoder_layer, layer, states, contexts, answers, tokens)
         head, bias = self.model.lm_head, self.model.final_logits_bias[0]
-        return token_log_probs(head, bias, states, packed.targets, label_smoothing)
+        return token_log_probs(head, bias, states, targets, label_smoothing)
 
     def contexts(self, ids: Tensor, tokens: Packing) -> Tensor:
         """The encoder's states [tokens, H] of packed contexts."""

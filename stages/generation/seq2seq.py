@@ -33,6 +33,16 @@ class Contexts:
         """The given rows in the given order; a row may come more than once."""
         return Contexts(self.states[rows], self.mask[rows])
 
+    def joined(self, times: int) -> "Contexts":
+        """R / times rows, each the real tokens of `times` neighbouring rows end to end: what a decoder reads together.
+
+        Fusion-in-Decoder (Izacard & Grave 2021); rows whose mask is all 0 are left out.
+        """
+        mask = self.mask.unflatten(0, (-1, times)).flatten(1)
+        states = self.states.unflatten(0, (-1, times)).flatten(1, 2)
+        order = mask.argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]
+        return Contexts(states.gather(1, order[..., None].expand(-1, -1, states.shape[-1])), mask.gather(1, order))
+
 
 @dataclass
 class Seq2Seq:

@@ -43,11 +43,14 @@ class CudaGraphs:
         self.calls = 0
 
     def __call__(self, packed: PackedAnswers, label_smoothing: float) -> Tensor:
-        """log p [answers] of each answer token, in fp32."""
+        """log p of each answer token, in fp32: [answers], or more columns where `log_probs` gives them."""
         if not torch.is_grad_enabled() or self.failed:
             return self.log_probs(packed, label_smoothing)
         filled = fill(packed.widened(*self.widths))
-        key = (len(filled.ids), len(filled.read), filled.tokens.rows, label_smoothing, self.model.training)
+        key = (
+            len(filled.ids), len(filled.read), filled.tokens.rows, filled.together, filled.alone, label_smoothing,
+            self.model.training,
+        )  # fmt: skip
         if key not in self.graphs:
             if len(self.graphs) == MOST_GRAPHS:
                 return self.log_probs(packed, label_smoothing)
@@ -85,12 +88,11 @@ class CudaGraphs:
         casting = torch.autocast(
             "cuda", torch.get_autocast_dtype("cuda"), enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False
         )
-        gradient = torch.zeros_like(static.targets, dtype=torch.float)
         if not self.graphs:
             # Once as usual: libraries set themselves up, and memory runs out where that can be met.
             with casting:
                 log_probs = self.log_probs(static, label_smoothing)
-                found = torch.autograd.grad(log_probs, self.parameters, gradient, allow_unused=True)
+                found = torch.autograd.grad(log_probs, self.parameters, torch.zeros_like(log_probs), allow_unused=True)
             used = [place for place, value in enumerate(found) if value is not None]
             self.gradients = {place: torch.zeros_like(self.parameters[place]) for place in used}
             del log_probs, found
@@ -98,6 +100,7 @@ class CudaGraphs:
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with self._recording(forward), casting:
             log_probs = self.log_probs(static, label_smoothing)
+        gradient = torch.zeros_like(log_probs)
         with self._recording(backward):
             read = [self.parameters[place] for place in self.gradients]
             found = torch.autograd.grad(log_probs, read, gradient)
@@ -153,7 +156,7 @@ def fill(packed: PackedAnswers) -> PackedAnswers:
     rows = 1 + max(
         -(-step_of_contexts // max(1, packed.tokens.width - 1)), -(-step_of_answers // max(1, packed.answers.width - 1))
     )
-    tokens = -(-(len(packed.ids) + rows) // step_of_contexts) * step_of_contexts
+    tokens = -(-(len(packed.ids) + rows * packed.together) // step_of_contexts) * step_of_contexts
     answers = -(-(len(packed.read) + rows) // step_of_answers) * step_of_answers
     return packed.filled(tokens, answers, rows)
 

@@ -55,6 +55,27 @@ class Packing:
             self.width,
         )
 
+    def joined(self, times: int) -> "Packing":
+        """The same tokens in rows [R / times, times * L], each the real tokens of `times` neighbouring rows end to end."""
+        width = times * self.width
+        row = torch.div(self.index, width, rounding_mode="floor")
+        offsets = self.offsets[::times].contiguous()
+        positions = torch.arange(len(self.index), device=self.index.device) - offsets[row]
+        return Packing(row * width + positions, positions, offsets, self.rows // times, width)
+
+    def repeated(self, times: int) -> tuple["Packing", Tensor, Tensor]:
+        """Every row `times` times, copies side by side: [times * R, L].
+
+        Beside it which token each token of these rows is [times * tokens], and where each token's copies are [tokens, times].
+        """
+        lengths = (self.offsets[1:] - self.offsets[:-1]).repeat_interleave(times)
+        copies = Packing.of_lengths(lengths, times * len(self.index), self.width)
+        row = torch.div(copies.index, times * self.width, rounding_mode="floor")
+        of = self.offsets[row] + copies.positions
+        row = torch.div(self.index, self.width, rounding_mode="floor")
+        first = row[:, None] * times + torch.arange(times, device=row.device)
+        return copies, of, copies.offsets[first] + self.positions[:, None]
+
     def widened(self, width: int) -> "Packing":
         """The same tokens of rows [R, width]."""
         index = torch.div(self.index, self.width, rounding_mode="floor") * width + self.positions
@@ -72,21 +93,29 @@ class Packing:
 
 @dataclass
 class PackedAnswers:
-    """R contexts with an answer each as the packed models score them: `tokens` real tokens, `answers` of answers."""
+    """Contexts and their answers as the packed models score them: `tokens` real tokens, `answers` of answers.
+
+    A context an answer, or `together` neighbouring ones, which it reads as one; `alone` asks for its log p under each of them
+    too.
+    """
 
     ids: Tensor  # [tokens]
     tokens: Packing
     read: Tensor  # [answers] what the prediction starts from: a decoder's input, or the place of a prompt's token
     targets: Tensor  # [answers]
     answers: Packing
+    together: int = 1
+    alone: bool = False
 
     def filled(self, tokens: int, answers: int, rows: int) -> "PackedAnswers":
-        """With `rows` more contexts and answers of token 0, up to these numbers of tokens: the others do not see them."""
+        """With `rows` more answers of token 0 and their contexts, up to these numbers of tokens: the others do not see them."""
         return PackedAnswers(
             F.pad(self.ids, (0, tokens - len(self.ids))),
-            self.tokens.filled(tokens, rows),
+            self.tokens.filled(tokens, rows * self.together),
             *(F.pad(part, (0, answers - len(part))) for part in (self.read, self.targets)),
             self.answers.filled(answers, rows),
+            self.together,
+            self.alone,
         )
 
     def widened(self, context: int, answer: int) -> "PackedAnswers":
@@ -105,7 +134,7 @@ class PackedAnswers:
             Packing(*three, packing.rows, packing.width)
             for three, packing in ((parts[:3], self.tokens), (parts[3:], self.answers))
         )
-        return PackedAnswers(ids, tokens, read, targets, answers)
+        return PackedAnswers(ids, tokens, read, targets, answers, self.together, self.alone)
 
 
 def attention(

@@ -24,17 +24,18 @@ from stages.storage import manifest
 BEAMS = 4  # of transformers' `generate` where it is not told: evaluate.num_beams as shipped
 
 
-def save_rag(rag: Rag, folder: Path, marginal: str) -> None:
+def save_rag(rag: Rag, folder: Path, marginal: str, reading: str = "each") -> None:
     """Writes the checkpoint, all of it safetensors and each part loadable by `from_pretrained`.
 
-    A DPR question encoder with a sequence-to-sequence generator: transformers' RAG layout (config, weights and both
-    tokenizers in one folder). Anything else: question_encoder/ (see Encoder.save) and generator/. LoRA adapters become
+    A DPR question encoder with a sequence-to-sequence generator that reads each passage: transformers' RAG layout (config,
+    weights and both tokenizers in one folder); its RAG classes would read those of one that reads them together in another
+    way than it was trained. Anything else: question_encoder/ (see Encoder.save) and generator/. LoRA adapters become
     part of the generator's weights, in `rag` too. Where the context encoder was trained: context_encoder/, and index/
     with all passages' vectors by it. With a reranker: reranker/. Where the prior's weights learned: prior.json.
     """
     merge_lora(rag.generator_model)
     _describe_answers(rag.generator, rag.lengths.answer_tokens)
-    if fits_transformers(rag):
+    if fits_transformers(rag) and reading == "each":
         _save_transformers_rag(rag, folder, marginal)
     else:
         rag.encoder.save(folder / "question_encoder")

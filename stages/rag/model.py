@@ -1,8 +1,9 @@
 """The RAG model: a question encoder with gradient, a search, a generator, one likelihood (Lewis et al. 2020).
 
 There and not back: a question vector asks the index for passages, their ids gather tokens that were made once, the
-generator scores the answer under each passage, the marginal is the loss. Where the context encoder trains too, the
-passages found are encoded anew for their scores. With a reranker the passages read are the best of more candidates.
+generator scores the answer under each passage, the marginal is the loss; or it reads them together (together.py), beside a
+loss for the retriever. Where the context encoder trains too, the passages found are encoded anew for their scores. With a
+reranker the passages read are the best of more candidates.
 """
 
 from pathlib import Path
@@ -15,7 +16,7 @@ from stages.bm25.hits import Hits
 from stages.corpus.token_store import TokenStore
 from stages.encoders.cross_encoder import Asked
 from stages.encoders.encoder import Encoder, padded_rows
-from stages.generation import marginalization
+from stages.generation import marginalization, retriever_losses
 from stages.generation.contexts import assemble_contexts
 from stages.generation.generator import Generator
 from stages.generation.packed_bart import PackedBart
@@ -25,6 +26,7 @@ from stages.packed.cuda_graphs import CudaGraphs
 from stages.params import Lengths, Params
 from stages.rag.batches import Examples, RagBatch
 from stages.rag.prior import PriorWeights, Weights, prior_of
+from stages.rag.together import read_together
 from stages.search.fusion import fuse
 from stages.search.passage_encoder import PassageEncoder
 from stages.search.passage_index import PassageIndex, doc_scores, load_index
@@ -36,6 +38,8 @@ class RagOutput(NamedTuple):
     log_prior: Tensor  # [B, K] log p(z | x), without gradient
     rows: Tensor  # [B, K] passages retrieved, -1: missing
     context_tokens: Tensor  # real tokens read by the generator's encoder
+    scored_under: float  # passes that an answer token takes part in; one without gradient is a third of one
+    retriever_loss: Tensor | None = None  # [B] nats a question, where it is a loss beside `nll`
 
 
 class Rag(nn.Module):
@@ -189,20 +193,39 @@ class Rag(nn.Module):
         return self.encoder.pooled(output, batch.question_mask)
 
     def forward(
-        self, batch: RagBatch, *, marginal: str, retriever_gradient: str = "exact", label_smoothing: float = 0.0
-    ) -> RagOutput:
+        self, batch: RagBatch, *, marginal: str, retriever_gradient: str = "exact", label_smoothing: float = 0.0,
+        reading: str = "each",
+    ) -> RagOutput:  # fmt: skip
         """Each question's negative log-likelihood under its retrieved passages.
 
-        `marginal` is sequence, token or average (see marginalization.py); `retriever_gradient` "none" cuts the gradient
-        to all that ranks passages.
+        Reading each, `marginal` is sequence, token or average (see marginalization.py). Reading together there is none,
+        and `retriever_gradient` names a loss for the retriever (retriever_losses.py), computed where gradients are.
+        `retriever_gradient` "none" cuts the gradient to all that ranks passages.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and retriever_gradient != "none"):
             rows, scores = self.retrieve(self.encode_questions(batch), batch.hits, batch.asked)
+        prior = marginalization.log_prior(scores)
+        if reading == "together":
+            return self._forward_together(batch, rows, prior, retriever_gradient, label_smoothing)
         input_ids, attention_mask = self.contexts(batch, rows)
         token_lp = self.token_log_probs(batch, input_ids, attention_mask, label_smoothing)
-        prior = marginalization.log_prior(scores)
         nll = marginalization.NLL[marginal](prior, token_lp, batch.target_mask)
-        return RagOutput(nll, prior.detach(), rows, attention_mask.sum())
+        return RagOutput(nll, prior.detach(), rows, attention_mask.sum(), rows.shape[1])
+
+    def _forward_together(
+        self, batch: RagBatch, rows: Tensor, prior: Tensor, retriever_gradient: str, label_smoothing: float
+    ) -> RagOutput:
+        trains = retriever_gradient != "none" and torch.is_grad_enabled()
+        found = read_together(self, batch, rows, label_smoothing, trains)
+        nll = -found.joint.masked_fill(~batch.target_mask, 0.0).sum(-1)
+        if not trains:
+            return RagOutput(nll, prior.detach(), rows, found.context_tokens, 1)
+        loss = retriever_losses.LOSS[retriever_gradient](prior, found.alone, batch.target_mask)
+        return RagOutput(nll, prior.detach(), rows, found.context_tokens, 1 + rows.shape[1] / 3, loss)
+
+    def joint_log_probs(self, batch: RagBatch, rows: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """log p(y_t | y_<t, x, z_1..z_K) [B, T] of the batch's targets under all of their passages `rows` [B, K] at once."""
+        return read_together(self, batch, rows, label_smoothing).joint
 
     def token_log_probs(
         self, batch: RagBatch, input_ids: Tensor, attention_mask: Tensor, label_smoothing: float = 0.0

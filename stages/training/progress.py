@@ -13,6 +13,7 @@ from stages.training.throughput import DeviceGaps
 
 SUMS = (
     "nll",
+    "retriever_loss",
     "context_tokens",
     "prior_entropy",
     "distinct",
@@ -49,6 +50,7 @@ class Window:
     """Sums since the last logged point, kept on the device so that logging alone waits for it."""
 
     nll: torch.Tensor | float = 0.0
+    retriever_loss: torch.Tensor | float = 0.0
     question_tokens: torch.Tensor | float = 0.0
     context_tokens: torch.Tensor | float = 0.0
     prior_entropy: torch.Tensor | float = 0.0
@@ -81,10 +83,12 @@ class Window:
         """A forward pass that counts."""
         targets = batch.target_mask.sum()
         self.nll += output.nll.detach().sum()
+        if output.retriever_loss is not None:
+            self.retriever_loss += output.retriever_loss.detach().sum()
         self.question_tokens += batch.question_mask.sum()
         self.context_tokens += output.context_tokens
         self.target_tokens += targets
-        self.scored_tokens += targets * output.rows.shape[1]
+        self.scored_tokens += targets * output.scored_under
         self.prior_entropy += marginalization.normalized_entropy(output.log_prior).sum()
         self.distinct += distinct_share(output.rows)
         self.without_passages += (output.rows < 0).all(1).sum()

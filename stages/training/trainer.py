@@ -257,8 +257,12 @@ class Trainer:
             marginal=self.recipe.marginalization,
             retriever_gradient=self.recipe.retriever_gradient,
             label_smoothing=self.settings.label_smoothing,
+            reading=self.recipe.reading,
         )
-        self.accelerator.backward(output.nll.sum() / divisor)
+        loss = output.nll.sum()
+        if output.retriever_loss is not None:
+            loss = loss + output.retriever_loss.sum()
+        self.accelerator.backward(loss / divisor)
         window.add(batch, output)
         window.waits.open()
 
@@ -271,6 +275,7 @@ class Trainer:
             "micro_batch": self.progress.micro_batch or self.settings.batch_size,
             "train_loss_per_sequence": float(sums["nll"]) / sums["questions"],
             "train_loss_per_token": float(sums["nll"]) / float(sums["target_tokens"]),
+            **self._retriever_loss(sums),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             **(self.rag.prior.numbers() if self.rag.prior.log_factors is not None else {}),
             **{name: float(norm) for name, norm in norms.items()},
@@ -294,10 +299,18 @@ class Trainer:
             **gpu_use_of_ranks(self.accelerator.device),
         }
 
+    def _retriever_loss(self, sums: dict[str, torch.Tensor | float]) -> dict[str, float]:
+        """Where it is a loss of its own."""
+        recipe = self.recipe
+        if recipe.reading == "each" or recipe.retriever_gradient == "none":
+            return {}
+        return {"retriever_loss": float(sums["retriever_loss"]) / sums["questions"]}
+
     def _validate(self, validation: Examples) -> dict[str, float]:
         losses = validation_loss(
-            self.rag, validation, self.recipe.marginalization, max(VALIDATION_BATCH, self.settings.batch_size)
-        )
+            self.rag, validation, self.recipe.marginalization, max(VALIDATION_BATCH, self.settings.batch_size),
+            self.recipe.reading,
+        )  # fmt: skip
         loss = losses["val_loss_per_sequence"]
         if not math.isfinite(loss):
             self._say(

@@ -12,11 +12,12 @@ VALIDATION_BATCH = 16
 
 
 def validation_loss(
-    rag: Rag, validation: Examples, marginal: str, batch_size: int = VALIDATION_BATCH
+    rag: Rag, validation: Examples, marginal: str, batch_size: int = VALIDATION_BATCH, reading: str = "each"
 ) -> dict[str, float]:
     """Mean NLL of the validation answers, without label smoothing, per sequence and per answer token, in nats.
 
-    A recipe that averages is measured by the RAG-Sequence marginal too: one yardstick for recipes to be compared by.
+    Reading together, that of the joint reading. A recipe that averages is measured by the RAG-Sequence marginal too: one
+    yardstick for recipes to be compared by.
     `val_questions_without_passages` counts those for which nothing was found, answered from the question alone.
     Every rank takes its share of the answers and returns the same sums; with FSDP equally many, some for nothing.
     """
@@ -29,7 +30,7 @@ def validation_loss(
     mine += [0] * fsdp.missing_passes(rag, counted)
 
     def sums(places: list[int]) -> list[float]:
-        output = rag(rag.batch(validation, [mine[place] for place in places]), marginal=measured)
+        output = rag(rag.batch(validation, [mine[place] for place in places]), marginal=measured, reading=reading)
         real = slice(max(0, counted - places[0]))
         nothing_found = (output.rows[real] < 0).all(1).sum()
         return torch.stack([output.nll[real].double().sum(), nothing_found.double()]).tolist()

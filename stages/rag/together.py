@@ -1,0 +1,58 @@
+"""Reading together: an answer's likelihood under all of its question's passages at once, and beside it under each alone.
+
+Encoder-decoder: the passages are encoded apart, each with the question, and the decoder attends to all of them end to end
+(Fusion-in-Decoder, Izacard & Grave 2021). The likelihoods under each passage alone, which train the retriever, come from
+the same encodings.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from stages.generation.seq2seq import Contexts
+from stages.generation.vocabulary import padded_log_probs
+from stages.rag.batches import RagBatch
+
+
+class Together(NamedTuple):
+    joint: Tensor  # [B, T] log p(y_t | y_<t, x, z_1..z_K), zero or anything behind the answer
+    alone: Tensor | None  # [B, K, T] log p(y_t | y_<t, x, z), without gradient; None: not asked for
+    context_tokens: Tensor  # real tokens read together
+
+
+def read_together(
+    rag: nn.Module, batch: RagBatch, rows: Tensor, label_smoothing: float = 0.0, alone: bool = False
+) -> Together:
+    """The batch's answers under all of their passages `rows` [B, K] by a Rag; those that are missing (-1) are left out.
+
+    A question for which nothing was found is read alone. `alone`: under each passage by itself too, without label
+    smoothing. Raises ValueError for a decoder-only generator.
+    """
+    if not rag.generator_model.config.is_encoder_decoder:
+        raise ValueError(
+            f"recipes: reading: together wants an encoder-decoder (BART, T5); models.generator is of type "
+            f"{rag.generator_model.config.model_type}; use reading: each"
+        )
+    input_ids, attention_mask = rag.contexts(batch, rows)
+    read = attention_mask * read_at_all(rows).flatten()[:, None]
+    if rag.packed:
+        both = rag.packed.joint_log_probs(input_ids, read, batch.targets, batch.target_mask, label_smoothing, alone)
+        return Together(*both, read.sum())
+    contexts = rag.generator.encode(input_ids, attention_mask)
+    joint = padded_log_probs(
+        rag.generator, Contexts(contexts.states, read).joined(rows.shape[1]), batch.targets, label_smoothing
+    )
+    if not alone:
+        return Together(joint, None, read.sum())
+    # After the joint pass: autocast keeps the copies of weights that the first one casts, with gradient or without.
+    with torch.no_grad():
+        each = padded_log_probs(rag.generator, contexts, batch.targets.repeat_interleave(rows.shape[1], 0))
+    return Together(joint, each.unflatten(0, rows.shape), read.sum())
+
+
+def read_at_all(rows: Tensor) -> Tensor:
+    """Which of the contexts [B, K] are read together: those of passages found, or the first, which is the question alone."""
+    found = rows >= 0
+    first = torch.arange(rows.shape[1], device=rows.device) == 0
+    return found | (first & ~found.any(1, keepdim=True))
