@@ -91,6 +91,10 @@ def ablate(steps: int, questions: int | None, seeds: int, jobs: int) -> None:
     """Every switch of the old recipe alone in the new one, `new` and `old` whole, all at the same number of questions."""
     params = load_params()
     new, old = params.recipes["new"], params.recipes["old"]
+    if new.reading == "together":
+        raise ValueError(
+            "recipes.new.reading: together has no marginal to put the old mistake in; use each for the ablation"
+        )
     variants: dict[str, list[str]] = {"new": []}
     for switch in SWITCHES:
         variants[switch] = [f"recipes.new.{switch}={value_of(getattr(old, switch))}"]

@@ -7,7 +7,8 @@
     accelerate launch --use_fsdp --fsdp_version 2 --num_processes 4 -m stages.train     # each holding a quarter
 
 The result is a transformers RAG checkpoint, or a folder a model (stages/rag/folder.py says when); where the context encoder
-trains too (train.index_refresh_steps), it and the index of its vectors lie beside it. Killed and started again, it goes on from its last checkpoint.
+trains too (train.index_refresh_steps), it and the index of its vectors lie beside it. Killed and started again, it goes on
+from its last checkpoint.
 """
 
 import math

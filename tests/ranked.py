@@ -14,7 +14,8 @@ from stages.machine.launching import launch
 
 def train(
     folder: Path, stop_at: int | None = None, sgd: bool = True, shards: bool = False, fsdp: bool = False,
-    generator: str = "bart", lora: bool = False, precision: str = "no", questions: int | None = None, **settings,
+    generator: str = "bart", lora: bool = False, precision: str = "no", questions: int | None = None,
+    recipe: dict | None = None, **settings,
 ):  # fmt: skip
     """A training of the tiny model; at step `stop_at` the last rank alone is asked to stop."""
     import torch
@@ -40,7 +41,7 @@ def train(
         rag.index.exact = ShardedSearch(rag.index.vectors, torch.device("cpu"))
     trainer = trainer.Trainer(
         rag,
-        tiny_rag.NEW,
+        tiny_rag.NEW.model_copy(update=recipe or {}),
         tiny_rag.SETTINGS.model_copy(update=settings),
         precision,
         7,

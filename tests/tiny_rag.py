@@ -37,6 +37,7 @@ NEW = Recipe(
     reading="each", marginalization="sequence", accumulation="across_batches", batching="true_batches",
     precision="fp32", checkpoints="best", tensorboard=False, retriever_gradient="exact",
 )  # fmt: skip
+TOGETHER = {"reading": "together", "retriever_gradient": "emdr2"}  # what differs from NEW
 OLD = Recipe(
     reading="each", marginalization="average", accumulation="within_batch", batching="one_at_a_time",
     precision="fp32", checkpoints="last", tensorboard=False, retriever_gradient="none",

@@ -2,6 +2,7 @@
 
     python -m stages.bench train --against transformers            # seconds per optimizer step, memory, MFU
     python -m stages.bench train --recipe old                      # the same under the old recipe
+    python -m stages.bench train --reading together --n-docs 20    # passages read together, the retriever by EMDR2
     python -m stages.bench index                                   # passages encoded per second
     python -m stages.bench search                                  # exact search
     python -m stages.bench decode --against transformers           # thorough decoding, questions per second
@@ -33,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--n-docs", type=int, default=5)
     made.add_argument("--batch", default="32x1", help="questions a forward pass x passes a step; 2x16 is the README's")
     made.add_argument("--recipe", choices=("new", "old"), default="new")
+    made.add_argument("--reading", choices=("each", "together"), default="each", help="train: together is FiD's")
     made.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto")
     made.add_argument("--steps", type=int, default=10, help="optimizer steps a run")
     made.add_argument("--runs", type=int, default=5, help="timed runs after the warm-up")

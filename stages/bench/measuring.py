@@ -41,7 +41,7 @@ def bench_train(options: Namespace, device: torch.device) -> dict:
     check_counterpart(options)
     batch_size, accumulation = map(int, options.batch.split("x"))
     rag = rag_to_train(options, device)
-    results = {"batch": options.batch, "recipe": options.recipe, "compiled": options.compiled, "graphs": options.graphs}
+    results = {name: getattr(options, name) for name in ("batch", "n_docs", "recipe", "reading", "compiled", "graphs")}
     results["ours"] = ours_training(rag, options, batch_size, accumulation, device)
     if options.profile:
         profile_training(rag, options, batch_size, accumulation, device)
@@ -60,7 +60,7 @@ def rag_to_train(options: Namespace, device: torch.device) -> Rag:
     if rag.packed and options.compiled:
         rag.packed.compile()
     if options.graphs and device.type == "cuda":
-        rag.record_graphs()
+        rag.record_graphs(options.reading)
     return rag
 
 
@@ -76,7 +76,12 @@ def trainer_of(
     rag: Rag, options: Namespace, batch_size: int, accumulation: int, steps: int, logging_steps: int, device: torch.device
 ) -> Trainer:  # fmt: skip
     """The real trainer under the chosen recipe; it validates before the first of `steps` and behind the last."""
-    recipe = Recipe(**(OLD if options.recipe == "old" else NEW | {"precision": options.precision}))
+    if options.recipe == "old" and options.reading == "together":
+        raise ValueError(
+            "--reading together: the old recipe averages over passages read each; leave out one of the two"
+        )
+    together = {"reading": "together", "retriever_gradient": "emdr2"} if options.reading == "together" else {}
+    recipe = Recipe(**(OLD if options.recipe == "old" else NEW | together | {"precision": options.precision}))
     if options.recipe == "old":
         batch_size = accumulation = batch_size * accumulation
     settings = Train(

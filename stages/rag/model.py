@@ -64,10 +64,12 @@ class Rag(nn.Module):
         self.reranker, self.rerank_depth = reranker, rerank_depth
         self.packed = packed_likelihood(generator)
 
-    def record_graphs(self) -> None:
+    def record_graphs(self, reading: str = "each") -> None:
         """From now on training replays the generator's passes as CUDA graphs, where it has a packed likelihood."""
         if self.packed:
-            limits = self.lengths.context_tokens, self.lengths.answer_tokens
+            one_prompt = reading == "together" and not self.generator_model.config.is_encoder_decoder
+            prompt = self.lengths.context_tokens * (self.n_docs if one_prompt else 1)
+            limits = prompt, self.lengths.answer_tokens
             self.packed.graphs = CudaGraphs(
                 self.packed.log_probs,
                 self.generator_model,

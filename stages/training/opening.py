@@ -94,7 +94,7 @@ def build_rag(
         rag.packed.compile()
     # Gradient checkpointing reads the random state on its way back, which a graph cannot.
     if params.runtime.cuda_graphs and device.type == "cuda" and not params.train.gradient_checkpointing:
-        rag.record_graphs()
+        rag.record_graphs(params.recipe.reading)
     return rag, precision
 
 

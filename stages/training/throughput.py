@@ -47,8 +47,9 @@ def training_flop(
 ) -> float:
     """FLOP of forward and backward passes: 6 for each weight and token (2 forward, 4 backward).
 
-    `answer_tokens` counts an answer once for every passage that it is scored under. Attention's own products are left
-    out: 2 % of BART-large over contexts of 123 tokens. So is a context encoder that trains too.
+    `answer_tokens` counts an answer once for every passage that it is scored under, or once for all that are read together;
+    a pass without gradient counts a third. Attention's own products are left out: 2 % of BART-large over contexts of 123
+    tokens. So is a context encoder that trains too.
     """
     tokens = {"question": question_tokens, "context": context_tokens, "answer": answer_tokens}
     return 6.0 * sum(sizes[kind] * tokens[kind] for kind in sizes)

@@ -24,6 +24,11 @@ print(model.predict(["your question"]))
 ```
 
 """
+READ = {
+    "each": "Lewis et al. 2020): a question encoder and a generator, trained jointly by marginalising over retrieved passages",
+    "together": "Izacard & Grave 2021): a generator that reads all retrieved passages of a question at once, trained with its "
+    "question encoder",
+}
 SAID = {
     "em": "EM", "f1": "F1", "recall_at_1": "recall@1", "recall_at_5": "recall@5", "answer_recall_at_5": "answer recall@5",
     "oracle_em": "EM with the gold passage given", "closed_book_em": "EM with no passage",
@@ -44,8 +49,8 @@ def model_card(name: str, trained: dict, scores: dict[str, dict], loader: tuple[
     lines = [
         "---", "library_name: transformers", "pipeline_tag: question-answering", "tags: [rag, retrieval-augmented-generation]",
         "---", "", f"# {name}", "",
-        "Retrieval-augmented generation (Lewis et al. 2020): a question encoder and a generator, trained jointly by "
-        f"marginalising over retrieved passages under the recipe `{params['train.recipe']}`. Trained as `{trained['name']}`, "
+        f"Retrieval-augmented generation ({READ[recipe.get('reading', 'each')]}, under the recipe "
+        f"`{params['train.recipe']}`. Trained as `{trained['name']}`, "
         f"fingerprint `{trained['fingerprint']}`.", "",
         "## How to load it", "", "```python", code, "```", "",
         *([WHOLE.format(name=name, short=name.split("/")[-1]).rstrip(), ""] if whole else []),
