@@ -44,11 +44,11 @@ def main() -> None:
     from stages.verdicts.of_evaluation import evaluation_signs
 
     settings, started = params.evaluate, time.time()
-    parts = load_rag_parts(MODEL)
+    dtype = generator_dtype(settings.precision, device)
+    parts = load_rag_parts(MODEL, dtype)
     root = root_folder()
     trained = json.loads((MODEL / "run.json").read_text(encoding="utf-8"))
     drop_finished(root, trained["fingerprint"])
-    dtype = generator_dtype(settings.precision, device)
     passages = read_rows(PREPARED / "passages.arrow")
     rag = open_rag_on(
         parts, index_folders(MODEL, INDEX, VECTORS), TOKENS, params, device, load_prior(MODEL, params.retriever),

@@ -124,6 +124,7 @@ class Lora(Section):
     alpha: Annotated[float, Field(gt=0)]
     dropout: Annotated[float, Field(ge=0, lt=1)]
     target_modules: Literal["all-linear"] | list[Name] | None
+    base: Literal["fp32", "bf16", "8bit", "4bit"]
 
 
 class Models(Section):

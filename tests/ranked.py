@@ -34,7 +34,7 @@ def train(
         trainer.make_optimizer = lambda rag, settings: torch.optim.SGD(rag.parameters(), lr=settings.learning_rate)
     rag = rag_of(generator)
     if lora:
-        add_lora(rag.generator_model, Lora(rank=2, alpha=4, dropout=0.0, target_modules=None))
+        add_lora(rag.generator_model, Lora(rank=2, alpha=4, dropout=0.0, target_modules=None, base="fp32"))
     if fsdp:
         shard(folder, rag, precision)
     if shards:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from stages.bm25.hits import find_hits
+from stages.compute.precision import generator_dtype
 from stages.corpus.arrow import row_reader
 from stages.corpus.token_store import TokenStore
 from stages.evaluation.answering import answer, passages_of, retrieve
@@ -45,8 +46,9 @@ class Asker:
             row_reader(data / "prepared/passages.arrow"),
             len(TokenStore.open(data / "tokens")),
         )
+        trained = load_rag_parts(model, generator_dtype(params.evaluate.precision, device))
         self.rag = open_rag_on(
-            load_rag_parts(model), folders, data / "tokens", params, device, load_prior(model, params.retriever),
+            trained, folders, data / "tokens", params, device, load_prior(model, params.retriever),
             reranker=load_reranker(reranker, params.models.reranker, model / "reranker"),
         )  # fmt: skip
         self.rag.eval()

@@ -73,29 +73,34 @@ class Generator(Protocol):
         """Logits [N, V] of the decoder's states [N, H]: `logits` where all at once would be too many."""
 
 
-def load_generator(path_or_name: str, dtype: torch.dtype = torch.float32, chat_template: bool = False) -> Generator:
+def load_generator(path_or_name: str, chat_template: bool = False, loading: dict | None = None) -> Generator:
     """Load a model and its tokenizer from a folder, a hub name or a GGUF file, in eval mode.
 
-    `dtype` is explicit, or a checkpoint stored in half precision would be computed in half precision. `chat_template`
-    makes a decoder-only model read contexts as a user's message. ValueError, in one line, for an unsupported model and
-    for missing weights or tokenizer.
+    In fp32, or as `loading` says (lora.py): the type is explicit, or a checkpoint stored in half precision would be
+    computed in half precision. `chat_template` makes a decoder-only model read contexts as a user's message. ValueError,
+    in one line, for an unsupported model and for missing weights or tokenizer.
     """
+    loading = loading or {"dtype": torch.float32}
     source, gguf = source_of(path_or_name)
     config = from_pretrained(AutoConfig, source, path_or_name, **gguf)
     auto_class = AUTO_CLASSES[_family(config, path_or_name)]
     tokenizer = load_tokenizer(path_or_name)
     if gguf:
-        model = _unpacked(from_pretrained(auto_class, source, path_or_name, dtype=dtype, **gguf, **UNPACK))
+        if "quantization_config" in loading:
+            raise ValueError(
+                f"models.lora.base: {path_or_name} is a GGUF file, which is read in fp32 or bf16; use bf16"
+            )
+        model = _unpacked(from_pretrained(auto_class, source, path_or_name, **loading, **gguf, **UNPACK))
     else:
-        model = from_pretrained(auto_class, source, path_or_name, config=config, dtype=dtype, use_safetensors=True)
+        model = from_pretrained(auto_class, source, path_or_name, config=config, use_safetensors=True, **loading)
     return generator_from(model.eval(), tokenizer, chat_template)
 
 
-def load_saved_generator(folder: Path) -> Generator:
-    """What training saved, in fp32 and eval mode: weights, prompt and tokenizer exactly as they were."""
+def load_saved_generator(folder: Path, dtype: torch.dtype = torch.float32) -> Generator:
+    """What training saved, in eval mode: weights, prompt and tokenizer exactly as they were."""
     name = str(folder)
     auto_class = AUTO_CLASSES[_family(from_pretrained(AutoConfig, name, name), name)]
-    model = from_pretrained(auto_class, name, name, dtype=torch.float32, use_safetensors=True)
+    model = from_pretrained(auto_class, name, name, dtype=dtype, use_safetensors=True)
     # AutoTokenizer prefers a model type's own rules to those of the file, where the two differ.
     as_saved = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
     return generator_from(model.eval(), from_pretrained(as_saved, name, name))

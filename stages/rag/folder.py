@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, DPRQuestionEncoder, GenerationConfig
 
+from stages.compute.precision import cast_weights
 from stages.encoders.encoder import Encoder, load_encoder
 from stages.generation.generator import Generator, generator_from, load_generator, load_saved_generator
 from stages.generation.lora import merge_lora
@@ -94,15 +95,17 @@ def _save_transformers_rag(rag: Rag, folder: Path, marginal: str) -> None:
     RagTokenizer(rag.encoder.tokenizer, generator.tokenizer).save_pretrained(folder)
 
 
-def load_rag_parts(folder: Path) -> tuple[Encoder, Generator]:
-    """The question encoder and generator that `save_rag` wrote, in fp32; raises ValueError where it is incomplete."""
+def load_rag_parts(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Encoder, Generator]:
+    """The question encoder that `save_rag` wrote, in fp32, and the generator, whose weights get this type.
+
+    Raises ValueError where it is incomplete."""
     in_parts = (folder / "generator" / "config.json").is_file()
     if not in_parts and not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no trained model; run `dvc repro` (or python -m stages.train) first")
     manifest.check(folder, None, "run `dvc repro --force train`")
     if in_parts:
         encoder = load_encoder(str(folder / "question_encoder"), "models.question_encoder", DPRQuestionEncoder)
-        return encoder, load_saved_generator(folder / "generator")
+        return encoder, load_saved_generator(folder / "generator", dtype)
     from transformers import RagSequenceForGeneration
 
     try:
@@ -117,10 +120,13 @@ def load_rag_parts(folder: Path) -> tuple[Encoder, Generator]:
             f"{folder}: damaged or not a RAG checkpoint ({reason}); run `dvc repro --force train`"
         ) from None
     encoder = Encoder(model.rag.question_encoder.eval(), encoder_tokenizer)
+    cast_weights(model.rag.generator, dtype)
     return encoder, generator_from(model.rag.generator.eval(), generator_tokenizer)
 
 
-def load_base_parts(question_encoder: str, generator: str, chat_template: bool = False) -> tuple[Encoder, Generator]:
-    """The models that training starts from."""
+def load_base_parts(
+    question_encoder: str, generator: str, chat_template: bool = False, loading: dict | None = None
+) -> tuple[Encoder, Generator]:
+    """The models that training starts from; `loading` as `load_generator` takes it."""
     encoder = load_encoder(question_encoder, "models.question_encoder", DPRQuestionEncoder)
-    return encoder, load_generator(generator, chat_template=chat_template)
+    return encoder, load_generator(generator, chat_template, loading)

@@ -179,13 +179,24 @@ def _damage(folder: Path) -> str | None:
 
 
 def own_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The model's parameters and buffers themselves, tied ones once."""
+    """The model's parameters and buffers themselves, tied ones once.
+
+    Without the frozen ones: a base under adapters is read from where it came from.
+    """
     seen, tensors = set(), {}
-    for name, value in model.state_dict(keep_vars=True).items():
+    for name, value in _own_state(model).items():
         if _place(value) not in seen or value.numel() == 0:
             seen.add(_place(value))
             tensors[name] = value.detach()
     return tensors
+
+
+def _own_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The model's state_dict without frozen parameters and what quantized ones add to it."""
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    learned = {name for name, value in model.named_parameters(remove_duplicate=False) if value.requires_grad}
+    state = model.state_dict(keep_vars=True)
+    return {name: value for name, value in state.items() if name in learned or name in buffers}
 
 
 def _place(value: torch.Tensor) -> int:
@@ -221,7 +232,7 @@ def snapshot(state, into=None):
 
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """Copies weights saved by `own_weights` back; tied ones follow their twin."""
-    own = model.state_dict(keep_vars=True)
+    own = _own_state(model)
     unexpected = weights.keys() - own.keys()
     assert not unexpected, f"weights of another model: {sorted(unexpected)[:3]}"
     present = {_place(own[name]) for name in weights}

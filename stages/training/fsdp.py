@@ -72,6 +72,12 @@ def check_retriever(reranker: str | None, learn_weights: bool) -> None:
         raise ValueError("retriever.learn_weights: true does not work with FSDP; launch without it or set it to false")
 
 
+def check_base(base: str | None) -> None:
+    """Raises ValueError for frozen weights of another type than that of what learns beside them."""
+    if base not in (None, "fp32"):
+        raise ValueError(f"models.lora.base: {base} does not work with FSDP; use fp32 there, or launch without it")
+
+
 def shard(rag: nn.Module, how: Sharding, device: torch.device, precision: str) -> None:
     """Replaces the weights of a Rag, in place and layer by layer, by this rank's part of them on `device`.
 

@@ -13,7 +13,7 @@ from stages.compute.precision import mixed_precision
 from stages.corpus.arrow import check_answered, read_rows
 from stages.encoders.encoder import load_encoder
 from stages.encoders.mining import tokenize_passages
-from stages.generation.lora import add_lora
+from stages.generation.lora import QUANTIZED, add_lora, loading
 from stages.params import Params
 from stages.rag import folder
 from stages.rag.batches import Examples
@@ -67,14 +67,17 @@ def build_rag(
     Raises ValueError where parameters, files and number of ranks do not go together.
     """
     check_ranks(params.train.index_refresh_steps, ranks.world())
+    lora = params.models.lora
     if sharded:
         fsdp.check_retriever(params.models.reranker, params.retriever.learn_weights)
+        fsdp.check_base(lora and lora.base)
     encoder, generator = folder.load_base_parts(
-        str(RETRIEVER / "question_encoder"), str(find(params.models.generator)), params.models.chat_template
-    )
+        str(RETRIEVER / "question_encoder"), str(find(params.models.generator)), params.models.chat_template,
+        lora and loading(lora.base, device),
+    )  # fmt: skip
     torch.manual_seed(params.train.seed)
-    if params.models.lora:
-        add_lora(generator.model, params.models.lora)
+    if lora:
+        add_lora(generator.model, lora)
     passage_encoder = None
     if params.train.index_refresh_steps:
         of_passages = load_encoder(str(RETRIEVER / "context_encoder"), "models.context_encoder", DPRContextEncoder)
@@ -90,10 +93,14 @@ def build_rag(
         fsdp.shard(rag, sharded, device, precision)
         if ranks.is_main():
             print("FSDP: padded forward passes, without CUDA graphs and without train.compile")
-    if params.train.compile and rag.packed:
+    few_bits = lora and lora.base in QUANTIZED
+    if few_bits and ranks.is_main():
+        print(f"models.lora.base: {lora.base}: without CUDA graphs and without train.compile")
+    if params.train.compile and rag.packed and not few_bits:
         rag.packed.compile()
     # Gradient checkpointing reads the random state on its way back, which a graph cannot.
-    if params.runtime.cuda_graphs and device.type == "cuda" and not params.train.gradient_checkpointing:
+    record = params.runtime.cuda_graphs and device.type == "cuda" and not params.train.gradient_checkpointing
+    if record and not few_bits:
         rag.record_graphs(params.recipe.reading)
     return rag, precision
 

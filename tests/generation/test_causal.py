@@ -284,7 +284,7 @@ def test_gradient_checkpointing_changes_no_loss_and_no_gradient(family):
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
-LORA = Lora(rank=4, alpha=16, dropout=0.0, target_modules=None)
+LORA = Lora(rank=4, alpha=16, dropout=0.0, target_modules=None, base="fp32")
 
 
 @pytest.mark.parametrize("family", ["bart", "gpt2", "llama"])
