@@ -1,7 +1,7 @@
 """Stage 3: every passage becomes a vector.
 
     python -m stages.encode                         # reads data/prepared and data/retriever, writes data/vectors
-    dvc exp run -S index.import_path=my.faiss       # the vectors of an index that was built elsewhere
+    dvc exp run -S retriever.steps=0 -S index.import_path=my.faiss     # an index's vectors, or those of a .npy file
     torchrun --nproc-per-node=4 -m stages.encode    # or runtime.processes: 4; four ranks encode
 
 Training needs the vectors themselves for scores with a gradient, beside any index of them. Killed and started again, it
@@ -10,6 +10,8 @@ goes on with the first passages that are not encoded yet.
 
 import shutil
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from stages.machine.devices import prepare_torch
@@ -36,17 +38,14 @@ def main() -> None:
 
 def encode(params: Params, device) -> None:
     """Every rank encodes its share of the passages; rank 0 alone puts the result in place."""
-    import numpy as np
     from transformers import DPRContextEncoder
 
     from stages.compute import ranks
     from stages.corpus.arrow import read_rows
     from stages.encoders.encoder import load_encoder
-    from stages.search.adopted_index import SAMPLE, check_sample, open_imported, write_vectors
-    from stages.search.passage_vectors import encode_passages, encode_some
+    from stages.search.passage_vectors import encode_passages
     from stages.storage import leftovers, manifest
     from stages.storage.checkpoints import checkpoint_folder, describe, fingerprint
-    from stages.storage.outside_files import find
 
     settings, lengths = params.index, params.lengths
     passages = read_rows(PREPARED / "passages.arrow")
@@ -54,12 +53,7 @@ def encode(params: Params, device) -> None:
     encoder.model.to(device)
 
     # What cannot work is known before hours of encoding.
-    adopted = None
-    if settings.import_path:
-        adopted = open_imported(find(settings.import_path), encoder.dimension, len(passages))
-        rows = np.sort(np.random.default_rng(0).permutation(len(passages))[:SAMPLE])
-        check_sample(adopted, rows, encode_some(encoder, passages, rows, lengths.passage_tokens, device))
-    copied = adopted is not None and adopted.holds_vectors
+    copy = adopted(params, encoder, passages, device) if settings.import_path else None
 
     what = settings_of(params) | {"device": device.type}
     name = fingerprint(describe(what, [PREPARED / "passages.arrow", RETRIEVER / "context_encoder"]))
@@ -71,9 +65,9 @@ def encode(params: Params, device) -> None:
     result = work / "vectors"
     result.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    if copied and ranks.is_main():
-        write_vectors(adopted, result / "vectors.npy")
-    elif not copied:
+    if copy and ranks.is_main():
+        copy(result / "vectors.npy")
+    elif not copy:
         encode_passages(encoder, passages, lengths.passage_tokens, settings.batch_tokens, device, work)
     seconds = time.perf_counter() - started
     if not ranks.is_main():
@@ -92,6 +86,29 @@ def encode(params: Params, device) -> None:
     lock.release()
     manifest.write_metrics(METRICS, metrics)
     print(f"{len(passages)} passages, {encoder.dimension} dimensions")
+
+
+def adopted(params: Params, encoder, passages, device) -> Callable[[Path], None] | None:
+    """What copies the vectors of index.import_path to a file, which hold what the context encoder makes of the passages.
+
+    None where that is an index which does not hold them exactly. Raises ValueError where they do not fit.
+    """
+    import numpy as np
+
+    from stages.search.adopted_index import SAMPLE, check_sample, open_imported, write_vectors
+    from stages.search.own_vectors import check_own, open_own, write_own
+    from stages.search.passage_vectors import encode_some
+    from stages.storage.outside_files import find
+
+    path, limit = find(params.index.import_path), params.lengths.passage_tokens
+    rows = np.sort(np.random.default_rng(0).permutation(len(passages))[:SAMPLE])
+    if not params.index.imports_index:
+        vectors = open_own(path, encoder.dimension, len(passages))
+        check_own(path, vectors, rows, encode_some(encoder, passages, rows, limit, device))
+        return partial(write_own, path, vectors)
+    imported = open_imported(path, encoder.dimension, len(passages))
+    check_sample(imported, rows, encode_some(encoder, passages, rows, limit, device))
+    return partial(write_vectors, imported) if imported.holds_vectors else None
 
 
 if __name__ == "__main__":

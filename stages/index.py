@@ -2,7 +2,7 @@
 
     python -m stages.index                          # reads data/vectors, writes data/index
     dvc exp run -S 'index.factory="IVF64,Flat"' -S index.nprobe=8     # an approximate index; nothing is encoded again
-    dvc exp run -S index.import_path=my.faiss       # an index that was built elsewhere, as it is
+    dvc exp run -S retriever.steps=0 -S index.import_path=my.faiss     # an index that was built elsewhere, as it is
 
 How thoroughly an approximate index is searched (nprobe, ef_search) is for the stages that search: here each of some
 values is measured, so that metrics/index.json says which one to take.
@@ -37,10 +37,10 @@ def main() -> None:
     settings = params.index
     faiss.omp_set_num_threads(torch.get_num_threads())
     vectors = open_vectors(VECTORS)
-    kind = "imported" if settings.import_path else settings.factory
+    kind = "imported" if settings.imports_index else settings.factory
     started = time.perf_counter()
     with replacing(INDEX) as (made,):
-        if settings.import_path:
+        if settings.imports_index:
             shutil.copyfile(find(settings.import_path), made / "index.faiss")
         else:
             write_index(build_index_on(device, vectors, settings.factory, settings.train_size), made)

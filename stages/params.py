@@ -208,17 +208,22 @@ class Index(Section):
     ef_search: Positive | None
     batch_tokens: Annotated[int, Field(ge=512)]
 
+    @property
+    def imports_index(self) -> bool:
+        """Whether `import_path` names a whole index; a .npy file holds vectors, from which `factory` builds one."""
+        return self.import_path is not None and not self.import_path.endswith(".npy")
+
     @model_validator(mode="after")
     def _the_kind_has_the_parameter(self) -> "Index":
         """Known before anything is encoded; of an imported index, once it is opened."""
         lists = re.search(r"IVF(\d+)(?![\dk])", self.factory)
         for name, value, kind in (("nprobe", self.nprobe, "IVF"), ("ef_search", self.ef_search, "HNSW")):
-            if value is not None and self.import_path is None and kind not in self.factory:
+            if value is not None and not self.imports_index and kind not in self.factory:
                 raise ValueError(
                     f"index.{name}: {value}, but index.factory: {self.factory} has no such parameter (one with {kind} has); "
                     "set it to null"
                 )
-        if self.nprobe and self.import_path is None and lists and self.nprobe > int(lists[1]):
+        if self.nprobe and not self.imports_index and lists and self.nprobe > int(lists[1]):
             raise ValueError(
                 f"index.nprobe: {self.nprobe}, but index.factory: {self.factory} has only {lists[1]} lists"
             )
@@ -384,7 +389,7 @@ class Params(Section):
                 f"{where}, but {recipe}.marginalization: average gives the encoders no gradient; use sequence or token, or "
                 "set train.index_refresh_steps to 0"
             )
-        if self.index.import_path is not None:
+        if self.index.imports_index:
             raise ValueError(
                 f"{where}, but index.import_path: {self.index.import_path} is an index that was built elsewhere; set it to "
                 "null or train.index_refresh_steps to 0"
@@ -393,6 +398,17 @@ class Params(Section):
             raise ValueError(
                 f"{where}, but index.factory: {self.index.factory} would have to be trained and built again each time; use "
                 "Flat or set train.index_refresh_steps to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _no_warm_up_parts_encoder_and_vectors(self) -> "Params":
+        steps, hard = self.retriever.steps, self.retriever.hard_negatives.count
+        if self.index.import_path is not None and (steps or hard):
+            by = f"retriever.steps: {steps}" if steps else f"retriever.hard_negatives.count: {hard}"
+            raise ValueError(
+                f"index.import_path: {self.index.import_path} was made by models.context_encoder as it is, which the warm-up "
+                f"({by}) would change; set retriever.steps and retriever.hard_negatives.count to 0, or import_path to null"
             )
         return self
 

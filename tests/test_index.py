@@ -29,7 +29,7 @@ runpy.run_module("stages.encode", run_name="__main__")
 """
 
 
-def project(folder, **settings):
+def project(folder, warm_up=30, **settings):
     """A folder with everything that the stage reads."""
     passages = [{"id": f"p{i}", "title": f"Title {i}", "text": f"Text {i * i} of {i}. " * 3} for i in range(COUNT)]
     questions = [{"id": f"q{i}", "question": f"What is {i}?", "answers": ["x"], "positive_ids": []} for i in range(12)]
@@ -39,6 +39,7 @@ def project(folder, **settings):
         shutil.copytree(ROOT / "data/tiny/encoder", folder / "data/retriever" / role)
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     params["index"] |= settings
+    params["retriever"]["steps"] = warm_up
     params["runtime"] |= {"device": "cpu", "threads": 1}
     (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     return folder
@@ -99,7 +100,7 @@ def test_killed_while_encoding_it_goes_on_and_ends_with_the_same_bytes(whole, tm
 
 
 def test_an_imported_index_is_adopted_and_one_that_does_not_fit_changes_nothing(whole, tmp_path):
-    folder = project(tmp_path, import_path="mine.faiss")
+    folder = project(tmp_path, warm_up=0, import_path="mine.faiss")
     shutil.copy(whole / "data/index/index.faiss", folder / "mine.faiss")
     assert run(folder).returncode == 0
     before, mine = written(folder), (folder / "mine.faiss").read_bytes()
@@ -112,6 +113,30 @@ def test_an_imported_index_is_adopted_and_one_that_does_not_fit_changes_nothing(
     refused = run(folder)
     assert refused.returncode == 1 and "index.import_path: mine.faiss: the vector of passage" in refused.stderr
     assert written(folder) == before
+
+
+def test_vectors_of_ones_own_take_the_place_of_encoding_and_the_index_is_built_from_them(whole, tmp_path):
+    vectors = np.load(whole / "data/vectors/vectors.npy")
+    folder = project(tmp_path, warm_up=0, import_path="mine.npy", factory="IVF8,Flat")
+    np.save(folder / "mine.npy", vectors.astype(np.float16))
+    done = run(folder)
+    assert done.returncode == 0, done.stderr
+    held = np.load(folder / "data/vectors/vectors.npy")
+    assert held.dtype == np.float32 and np.array_equal(held, vectors.astype(np.float16).astype(np.float32))
+    index = load_index(folder / "data/index", folder / "data/vectors").index
+    assert type(index).__name__ == "IndexIVFFlat" and index.ntotal == COUNT
+    assert "encode passages" not in done.stderr
+    before = written(folder)
+    np.save(folder / "mine.npy", vectors[::-1])
+    refused = run(folder)
+    assert refused.returncode == 1 and "index.import_path: mine.npy: the vector of passage" in refused.stderr
+    assert written(folder) == before
+
+
+def test_an_import_beside_a_warm_up_is_refused_before_anything_runs(tmp_path):
+    folder = project(tmp_path, warm_up=30, import_path="mine.faiss")
+    done = subprocess.run(**command(folder, "inputs"), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "the warm-up (retriever.steps: 30) would change; set retriever.steps" in done.stderr
 
 
 def test_an_approximate_index_is_measured_at_several_settings_and_encodes_nothing_again(whole, tmp_path):

@@ -92,14 +92,7 @@ def check_sample(imported: Imported, rows: np.ndarray, encoded: np.ndarray) -> N
         # Compressed vectors do not show the norm that they had, the encoder's own ones do.
         _check_norms(imported.path, held if imported.holds_vectors else encoded, rows)
     if imported.holds_vectors:
-        error = np.linalg.norm(held - encoded, axis=1) / np.maximum(np.linalg.norm(encoded, axis=1), 1e-12)
-        worst = int(error.argmax())
-        if not error[worst] <= EXACT_TOLERANCE:
-            raise ValueError(
-                f"{KEY}: {imported.path}: the vector of passage {rows[worst]} (from 0) differs by {error[worst]:.2f} of its "
-                f"length from what the context encoder makes (tolerance {EXACT_TOLERANCE}): other passages, another order, "
-                "another encoder or another lengths.passage_tokens"
-            )
+        check_exact(imported.path, held, encoded, rows)
         return
     distances = np.linalg.norm(held[:, None] - encoded[None], axis=2)
     recognised = float((np.diag(distances) <= distances.min(1) * (1 + 1e-6)).mean())
@@ -108,6 +101,18 @@ def check_sample(imported: Imported, rows: np.ndarray, encoded: np.ndarray) -> N
             f"{KEY}: {imported.path}: of {len(rows)} passages encoded again, {recognised:.0%} are nearest to their own "
             f"compressed vector (at least {SHARE_RECOGNISED:.0%} are needed): other passages, another order, another encoder "
             "or another lengths.passage_tokens"
+        )
+
+
+def check_exact(path: Path, held: np.ndarray, encoded: np.ndarray, rows: np.ndarray) -> None:
+    """Raises ValueError where vectors `held` [R, d] of passages `rows` are not those `encoded` [R, d] from them."""
+    error = np.linalg.norm(held - encoded, axis=1) / np.maximum(np.linalg.norm(encoded, axis=1), 1e-12)
+    worst = int(error.argmax())
+    if not error[worst] <= EXACT_TOLERANCE:
+        raise ValueError(
+            f"{KEY}: {path}: the vector of passage {rows[worst]} (from 0) differs by {error[worst]:.2f} of its "
+            f"length from what the context encoder makes (tolerance {EXACT_TOLERANCE}): other passages, another order, "
+            "another encoder or another lengths.passage_tokens"
         )
 
 

@@ -231,12 +231,12 @@ def snapshot(state, into=None):
 
 
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Copies weights saved by `own_weights` back; tied ones follow their twin."""
-    own = _own_state(model)
+    """Copies weights saved by `own_weights` back; tied ones follow their twin, frozen ones may be missing."""
+    own = model.state_dict(keep_vars=True)
     unexpected = weights.keys() - own.keys()
     assert not unexpected, f"weights of another model: {sorted(unexpected)[:3]}"
     present = {_place(own[name]) for name in weights}
-    missing = [name for name, value in own.items() if _place(value) not in present]
+    missing = [name for name, value in _own_state(model).items() if _place(value) not in present]
     assert not missing, f"weights without values: {missing[:3]}"
     with torch.no_grad():
         for name, value in weights.items():
