@@ -21,7 +21,8 @@ from stages.params import load_params
 
 COMPARISON, ABLATION = Path("metrics/compare.json"), Path("metrics/ablation.json")
 SHOWN = (
-    "em", "f1", "recall_at_5", "answer_recall_at_5", "oracle_em", "val_loss_per_sequence", "val_loss_per_token",
+    "em", "f1", "recall_at_1", "recall_at_5", "answer_recall_at_5", "dense_recall_at_1", "dense_recall_at_5",
+    "bm25_recall_at_1", "bm25_recall_at_5", "oracle_em", "val_loss_per_sequence", "val_loss_per_token",
     "seconds_per_step", "questions_per_second", "questions_seen", "steps",
 )  # fmt: skip
 SWITCHES = (
@@ -284,6 +285,8 @@ def print_table(table: dict[str, dict[str, float]], names: tuple[str, ...]) -> N
     columns = list(table)
     print(f"{'':28}" + "".join(f"{column:>22}" for column in columns))
     for name in names:
+        if not any(name in table[column] for column in columns):
+            continue  # not measured: BM25's line where retrieval is dense alone
         print(f"{name:28}" + "".join(f"{table[column].get(name, float('nan')):22.3f}" for column in columns))
 
 

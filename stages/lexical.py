@@ -42,11 +42,12 @@ def main() -> None:
 def find_hits(folder: Path, depth: int, processes: int, language: str) -> dict[str, float]:
     """Writes every split's hits; returns how often a gold passage of the test questions is among the first k, in percent.
 
-    Of test questions none of which names a gold passage there is nothing to return.
+    Where none of them names one: how often an answer's words stand in the first k, as `answer_recall_at_k`.
     """
     import numpy as np
 
     from stages.bm25 import lexical_search
+    from stages.corpus.answers import hits_with_answers
     from stages.corpus.arrow import gold_rows, read_rows
     from stages.corpus.recall import recalls
 
@@ -61,9 +62,11 @@ def find_hits(folder: Path, depth: int, processes: int, language: str) -> dict[s
         np.save(folder / f"{name}_rows.npy", some.astype(np.int32))
         np.save(folder / f"{name}_scores.npy", their_scores)
 
-    golds = gold_rows(splits["test"], passages)
-    found = [[row in gold for row in some] for gold, some in zip(golds, rows[ends[-1] :].tolist(), strict=True) if gold]
-    return recalls(found, (k for k in RECALL_DEPTHS if k <= depth))
+    golds, found = gold_rows(splits["test"], passages), rows[ends[-1] :].tolist()
+    depths = [k for k in RECALL_DEPTHS if k <= depth]
+    if any(golds):
+        return recalls([[row in gold for row in some] for gold, some in zip(golds, found, strict=True) if gold], depths)
+    return recalls(list(hits_with_answers(passages, found, list(splits["test"]["answers"]))), depths, "answer_")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from stages.compute.out_of_memory import in_batches
 from stages.corpus.answers import hits_with_answers
 from stages.corpus.recall import recalls
 from stages.evaluation import scoring
+from stages.evaluation.alone import flags_alone, recall_alone
 from stages.evaluation.decoding import Answer, generate
 from stages.evaluation.errors import kind_of, rank_of
 from stages.generation import marginalization
@@ -98,7 +99,8 @@ def evaluate(
     """Scores in percent over all questions, and a row a question for the predictions file.
 
     `gold_rows`: rows of each question's own passages among `passages`, where it names any.
-    Beside EM and F1: recall by gold passage and by answer string, EM with the gold passage given (oracle) and with no
+    Beside EM and F1: recall by gold passage and by answer string, that of dense search and BM25 alone where they were put
+    together (alone.py), EM with the gold passage given (oracle) and with no
     passage at all (closed book). What needs a gold passage is measured over the questions that name one, the closed book
     over them too, as `closed_book_em_of_oracle_questions`; where none does, these metrics are absent.
     """
@@ -125,11 +127,20 @@ def evaluate(
     by_id = [[row in gold_rows[index] for row in found_rows[index]] for index in known]
     texts = [[passages[row] if row >= 0 else None for row in some[: rag.n_docs]] for some in found_rows]
     by_string = list(hits_with_answers(passages, found_rows, golds))
+    alone = flags_alone(
+        rag,
+        examples,
+        gold_rows,
+        lambda rows: hits_with_answers(passages, rows, golds),
+        RECALL_DEPTHS,
+        settings.batch_size,
+    )
     gold_known = [golds[index] for index in known]
     metrics = {
         **_mean_scores([answer.text for answer in answers], golds, "", language),
         **recalls(by_id, RECALL_DEPTHS),
         **recalls(by_string, RECALL_DEPTHS, "answer_"),
+        **recall_alone(alone),
         **_mean_scores([answer.text for answer in oracle], gold_known, "oracle_", language),
         **_mean_scores([answer.text for answer in closed], golds, "closed_book_", language),
         **_mean_scores(
@@ -148,7 +159,7 @@ def evaluate(
         prediction_row(
             questions[index], given, passages_of(given, prior[index], texts[index]), flags.get(index), by_string[index],
             with_gold.get(index), closed[index], language,
-        )
+        ) | {"alone": alone[index]}
         for index, given in enumerate(answers)
     ]  # fmt: skip
     return metrics, predictions

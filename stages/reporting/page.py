@@ -111,6 +111,11 @@ def _found(rank: str, k: int, row: dict) -> bool | None:
     return row[rank] is not None and row[rank] <= k
 
 
+def _alone(search: str, k: int, row: dict) -> bool | None:
+    found = row.get("alone", {})
+    return found.get(f"{search}_recall_at_{k}", found.get(f"{search}_answer_recall_at_{k}"))
+
+
 def _beside(line: str, score: str, row: dict) -> float | None:
     return row[line][score] if row.get(line) else None
 
@@ -124,6 +129,11 @@ SCORES = [
     ],
     *[
         (f"answer recall@{k}", "a gold answer stands in one of the first", lambda row, k=k: _found("answer_rank", k, row))
+        for k in (1, 5, 20)
+    ],
+    *[
+        (f"{name} alone, recall@{k}", "before it was put together with the others", lambda row, key=key, k=k: _alone(key, k, row))
+        for name, key in (("dense", "dense"), ("BM25", "bm25"))
         for k in (1, 5, 20)
     ],
     ("EM, gold passage given", "reading alone", lambda row: _beside("with_gold_passage", "em", row)),

@@ -31,6 +31,8 @@ READ = {
 }
 SAID = {
     "em": "EM", "f1": "F1", "recall_at_1": "recall@1", "recall_at_5": "recall@5", "answer_recall_at_5": "answer recall@5",
+    "dense_recall_at_1": "recall@1 of dense search alone", "dense_recall_at_5": "recall@5 of dense search alone",
+    "bm25_recall_at_1": "recall@1 of BM25 alone", "bm25_recall_at_5": "recall@5 of BM25 alone",
     "oracle_em": "EM with the gold passage given", "closed_book_em": "EM with no passage",
 }  # fmt: skip
 

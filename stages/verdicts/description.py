@@ -17,6 +17,7 @@ def evaluation_text(metrics: dict[str, float], split: str, verdicts: Verdicts) -
     """Of an evaluation; what was not measured is left out."""
     names = {
         "recall_at_1": "recall@1", "recall_at_5": "recall@5", "answer_recall_at_5": "answer recall@5",
+        "dense_recall_at_5": "recall@5 of dense search alone", "bm25_recall_at_5": "recall@5 of BM25 alone",
         "oracle_em": "EM with the gold passage", "closed_book_em": "EM without a passage",
     }  # fmt: skip
     more = ", ".join(f"{said} {metrics[name]:.1f}" for name, said in names.items() if name in metrics)
