@@ -3,7 +3,9 @@
     (score_scale * dense + hybrid_weight * BM25 + cross_weight * reranker) / temperature
 
 The four are numbers, or learn: each is then its start times exp(a trained scalar), so that it stays positive and moves by
-shares of itself. One of them follows from the other three; the temperature moves what all of them would have to.
+shares of itself. They start where the validation questions' gold passages are likeliest, if that could be fitted
+(search/candidates.py), else where params.yaml says. One of them follows from the other three; the temperature moves what
+all of them would have to.
 """
 
 import json
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.params import Retriever
+from stages.search.reranker_folder import load_fitted
 
 FILE = "prior.json"
 
@@ -54,9 +57,18 @@ class PriorWeights(nn.Module):
             (folder / FILE).write_text(json.dumps(self.numbers(), indent=2) + "\n", encoding="utf-8")
 
 
-def prior_of(settings: Retriever, learns: bool = False) -> PriorWeights:
+def prior_of(settings: Retriever) -> PriorWeights:
     """The weights that params.yaml names."""
-    return PriorWeights(Weights(**{name: getattr(settings, name) for name in Weights._fields}), learns)
+    return PriorWeights(Weights(**{name: getattr(settings, name) for name in Weights._fields}))
+
+
+def starting_prior(settings: Retriever, reranker: Path) -> PriorWeights:
+    """What training starts from: the weights of params.yaml or, where they learn, those that its stage fitted."""
+    named = prior_of(settings).start
+    if not settings.learn_weights:
+        return PriorWeights(named)
+    fitted = load_fitted(reranker)
+    return PriorWeights(Weights(**fitted) if fitted else named, learns=True)
 
 
 def load_prior(model: Path, settings: Retriever) -> PriorWeights:

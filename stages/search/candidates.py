@@ -1,6 +1,5 @@
-"""Candidates of dense and lexical search for a whole split, and how a reranker orders them."""
+"""Candidates of dense and lexical search for a whole split, how they are ordered, and the prior that suits them."""
 
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +12,7 @@ from stages.corpus.recall import recall_at, recalls
 from stages.corpus.token_store import TokenStore
 from stages.encoders.encoder import Encoder
 from stages.encoders.reranker_warmup import asked_rows
-from stages.params import Params
+from stages.params import Params, Retriever
 from stages.search.fusion import fuse
 from stages.search.passage_index import PassageIndex, doc_scores
 from stages.search.reranking import Reranker
@@ -21,6 +20,7 @@ from stages.search.reranking import Reranker
 QUESTIONS_AT_ONCE = 256
 BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
 FIT_STEPS = 50
+WEIGHTS = ("score_scale", "hybrid_weight", "cross_weight", "temperature")  # of the prior, as rag/prior.py has them
 
 
 @dataclass
@@ -83,42 +83,88 @@ def reranker_scores(reranker: Reranker, found: Candidates, questions: list[str],
 
 
 def ranking_metrics(
-    reranker: Reranker, found: Candidates, questions: Dataset, golds: list[list[int]], params: Params,
+    found: Candidates, alone: dict[str, Tensor], crossed: Tensor | None, golds: list[list[int]], settings: Retriever,
     depths: tuple[int, ...],
-) -> dict[str, float]:  # fmt: skip
-    """Recall of candidates as they came, by the reranker alone, by all with the weights of params.yaml and by those
-    weights that make the gold passages likeliest (`fitted_*`, score_scale being what it is), and the pairs a second. Where
-    no question names a gold passage the speed is all.
+) -> tuple[dict[str, float], dict[str, float] | None]:  # fmt: skip
+    """Recall of N questions' candidates and of each search `alone` ({name: rows [N, K]}), and the prior that suits them.
+
+    As they came (`candidates`), with the reranker's scores `crossed` [N, C] by these alone and by all with the weights of
+    params.yaml, and by those weights that make the gold passages likeliest (`fitted`), which come second, too. Where no
+    question names a gold passage there is neither.
     """
-    settings = params.retriever
-    started = time.perf_counter()
-    crossed = reranker_scores(reranker, found, list(questions["question"]), params.lengths.question_tokens)
-    seconds = time.perf_counter() - started
-    missing = found.rows < 0
-    plain = found.scores(settings.score_scale, settings.hybrid_weight)
-    gold = torch.tensor([[row in some for row in rows] for some, rows in zip(golds, found.rows.tolist(), strict=True)])
-    parts = torch.stack([settings.score_scale * found.dense, found.lexical, crossed])
-    fitted = fitted_weights(parts, gold, missing)
     named = [index for index, some in enumerate(golds) if some]
-
-    def recall(name: str, scores: Tensor) -> dict[str, float]:
-        order = scores.masked_fill(missing, float("-inf")).sort(dim=1, descending=True, stable=True).indices
-        hits = gold.gather(1, order)[named].tolist()
-        return recalls(hits, depths, f"{name}_")
-
-    speed = {"candidates": found.rows.shape[1], "pairs_per_second": found.rows.numel() / seconds}
     if not named:
-        return speed
-    return speed | {
+        return {}, None
+    missing, gold = found.rows < 0, is_gold(found.rows, golds)
+    # The temperature changes no order, and the fit ends where it does from any: a warm-up need not run again for another.
+    start = {name: getattr(settings, name) for name in WEIGHTS[:-1]} | {"temperature": 1.0}
+    fitted, _, nll = fitted_prior(found, crossed, gold, start)
+
+    def recall(name: str, hits: Tensor) -> dict[str, float]:
+        return recalls(hits[named].tolist(), [k for k in depths if k <= hits.shape[1]], f"{name}_")
+
+    def ranked(name: str, scores: Tensor) -> dict[str, float]:
+        order = scores.masked_fill(missing, float("-inf")).sort(dim=1, descending=True, stable=True).indices
+        return recall(name, gold.gather(1, order))
+
+    metrics = {
+        "candidates": found.rows.shape[1],
         "candidates_recall": recall_at(gold[named].tolist(), found.rows.shape[1]),  # the most that reranking can reach
-        **recall("candidates", plain),
-        **recall("reranker", crossed),
-        **recall("reranked", plain + settings.cross_weight * crossed),
-        **recall("fitted", (fitted[:, None, None] * parts).sum(0)),
-        "fitted_hybrid_weight": (fitted[1] / fitted[0]).item(),
-        "fitted_cross_weight": (fitted[2] / fitted[0]).item(),
-        "fitted_temperature": (1 / fitted[0]).item(),
     }
+    for name, rows in alone.items():
+        metrics |= recall(name, is_gold(rows, golds))
+    metrics |= ranked("candidates", found.scores(settings.score_scale, settings.hybrid_weight))
+    if crossed is not None:
+        metrics |= ranked("reranker", crossed) | ranked("reranked", weighted(found, crossed, start))
+    metrics |= ranked("fitted", weighted(found, crossed, fitted))
+    there = {"hybrid_weight": found.lexical.any(), "cross_weight": crossed is not None, "temperature": True}
+    metrics |= {f"fitted_{name}": fitted[name] for name, is_there in there.items() if is_there}
+    return metrics | {"fitted_gold_nll": nll}, fitted
+
+
+def is_gold(rows: Tensor, golds: list[list[int]]) -> Tensor:
+    """Which of the rows [N, C] are their question's own."""
+    return torch.tensor([[row in some for row in of_one] for some, of_one in zip(golds, rows.tolist(), strict=True)])
+
+
+def weighted(found: Candidates, crossed: Tensor | None, weights: dict[str, float]) -> Tensor:
+    """The scores [N, C] whose softmax is the prior, as rag/prior.py has them; a missing candidate's means nothing."""
+    scores = found.scores(weights["score_scale"], weights["hybrid_weight"])
+    if crossed is not None:
+        scores = scores + weights["cross_weight"] * crossed
+    return scores / weights["temperature"]
+
+
+def fitted_prior(
+    found: Candidates, crossed: Tensor | None, gold: Tensor, start: dict[str, float]
+) -> tuple[dict[str, float], float, float]:
+    """The prior's weights under which the gold candidates [N, C] are likeliest, and their mean negative log-likelihood in
+    nats, before and after, over the questions that have some.
+
+    It begins at the weights `start` and never ends with a lower likelihood. The temperature moves in place of score_scale.
+    A weight of 0, or of what there is none of (BM25 hits, a reranker), stays.
+    """
+    named = {"score_scale": start["score_scale"] * found.dense}
+    if found.lexical.any() and start["hybrid_weight"]:
+        named["hybrid_weight"] = start["hybrid_weight"] * found.lexical
+    if crossed is not None and start["cross_weight"]:
+        named["cross_weight"] = start["cross_weight"] * crossed
+    missing = found.rows < 0
+    factors = fitted_weights(torch.stack(list(named.values())) / start["temperature"], gold, missing).tolist()
+    of_dense, *others = factors
+    fitted = start | {"temperature": start["temperature"] / of_dense}
+    for name, factor in zip(list(named)[1:], others, strict=True):
+        fitted[name] = start[name] * factor / of_dense
+    before, after = (gold_nll(weighted(found, crossed, weights), gold, missing) for weights in (start, fitted))
+    return (fitted, before, after) if after <= before else (start, before, before)
+
+
+def gold_nll(scores: Tensor, gold: Tensor, missing: Tensor) -> float:
+    """-log of the share that the gold candidates have of the scores' softmax, the mean over the questions that have some;
+    0 of none."""
+    asked = gold.any(1)
+    prior = scores.double().masked_fill(missing, float("-inf"))[asked].log_softmax(1)
+    return prior.masked_fill(~gold[asked], float("-inf")).logsumexp(1).sum().neg().item() / max(1, int(asked.sum()))
 
 
 def fitted_weights(parts: Tensor, gold: Tensor, missing: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Whose model the reranker stage's folder holds, for those too who load none."""
+"""Whose model the reranker stage's folder holds, and the weights that it fitted, for those too who load no model."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,9 @@ FACTS = "reranker.json"
 REMEDY = "run `dvc repro --force reranker`"
 
 
-def record(folder: Path, named: str | None) -> None:
-    """named: models.reranker."""
-    manifest.write_json(folder / FACTS, {"model": named})
+def record(folder: Path, named: str | None, weights: dict[str, float] | None = None) -> None:
+    """named: models.reranker; `weights` of the prior that suit the validation questions best, where they were fitted."""
+    manifest.write_json(folder / FACTS, {"model": named, "weights": weights})
 
 
 def check(folder: Path, named: str) -> None:
@@ -22,3 +22,18 @@ def check(folder: Path, named: str) -> None:
     found = json.loads((folder / FACTS).read_text(encoding="utf-8"))["model"]
     if found != named:
         raise ValueError(f"{folder}: made of {found}, but models.reranker is {named}; {REMEDY}")
+
+
+def load_fitted(folder: Path) -> dict[str, float] | None:
+    """The prior's weights that suit the validation questions best, as the stage fitted them; None where it had nothing to
+    fit: dense retrieval without a reranker, or no validation question that names its passage.
+
+    Raises ValueError where the stage has not run, or ran before it fitted any.
+    """
+    if not (folder / FACTS).is_file():
+        raise ValueError(f"{folder / FACTS}: not found; run `dvc repro` (or python -m stages.reranker) first")
+    manifest.check(folder, (FACTS,), REMEDY)
+    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    if "weights" not in facts:
+        raise ValueError(f"{folder / FACTS}: has no weights for retriever.learn_weights to start from; {REMEDY}")
+    return facts["weights"]

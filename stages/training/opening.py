@@ -18,7 +18,7 @@ from stages.params import Params
 from stages.rag import folder
 from stages.rag.batches import Examples
 from stages.rag.model import Rag, open_rag_on
-from stages.rag.prior import prior_of
+from stages.rag.prior import starting_prior
 from stages.search.passage_encoder import PassageEncoder
 from stages.search.reranking import load_reranker
 from stages.storage.checkpoints import digest
@@ -52,9 +52,10 @@ def inputs_of(params: Params) -> list[Path]:
     """The files that decide what comes out, for the fingerprint."""
     encoders = ["question_encoder", *(["context_encoder"] if params.train.index_refresh_steps else [])]
     generator = find(params.models.generator)
+    ranking = params.models.reranker or params.retriever.learn_weights
     return [
         PREPARED, TOKENS, *(RETRIEVER / encoder for encoder in encoders), VECTORS, INDEX,
-        *([LEXICAL] if params.retriever.hybrid_depth else []), *([RERANKER] if params.models.reranker else []),
+        *([LEXICAL] if params.retriever.hybrid_depth else []), *([RERANKER] if ranking else []),
         *([generator] if generator.exists() else []),
     ]  # fmt: skip
 
@@ -86,7 +87,7 @@ def build_rag(
     precision = mixed_precision(params.recipe.precision, device)
     rag = open_rag_on(
         (encoder, generator), (INDEX, VECTORS), TOKENS, params, device,
-        prior_of(params.retriever, params.retriever.learn_weights), passage_encoder,
+        starting_prior(params.retriever, RERANKER), passage_encoder,
         load_reranker(RERANKER, params.models.reranker), models_move=sharded is None,
     )  # fmt: skip
     if sharded:
