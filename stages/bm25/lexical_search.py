@@ -10,10 +10,10 @@ import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import Stemmer
-from datasets import Dataset
 from tqdm import tqdm
 
 # bm25s imports JAX where it is installed, and JAX would take three quarters of the GPU's memory for nothing.
@@ -21,6 +21,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import bm25s  # noqa: E402
 
 from stages.corpus import words as scripts  # noqa: E402
+
+if TYPE_CHECKING:
+    from datasets import Dataset  # to ask a question takes no second for it
 
 SHARD = 100_000  # passages indexed at once: about 1 GB at 100 words each
 QUESTIONS_A_TASK = 256
@@ -69,7 +72,7 @@ def words_of(texts: list[str], return_ids: bool = True, language: str = "en"):
 
 
 def shards_of(
-    passages: Dataset, k1: float = 1.5, b: float = 0.75, shard: int = SHARD, language: str = "en"
+    passages: "Dataset", k1: float = 1.5, b: float = 0.75, shard: int = SHARD, language: str = "en"
 ) -> Iterator[tuple[int, bm25s.BM25]]:
     """(first row, index) of shards of equal size, Lucene's variant of BM25; a shard without any word is left out."""
     pieces = max(1, -(-len(passages) // shard))

@@ -13,7 +13,17 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, DPRQuestionEncoder, GenerationConfig
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoTokenizer,
+    DPRQuestionEncoder,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    RagConfig,
+)
 
 from stages.compute.precision import cast_weights
 from stages.encoders.encoder import Encoder, load_encoder
@@ -77,7 +87,7 @@ def _describe_answers(generator: Generator, answer_tokens: int) -> None:
 
 def _save_transformers_rag(rag: Rag, folder: Path, marginal: str) -> None:
     # Here and not above: they import `datasets`, a second that a question to another model need not wait for.
-    from transformers import RagConfig, RagSequenceForGeneration, RagTokenForGeneration, RagTokenizer
+    from transformers import RagSequenceForGeneration, RagTokenForGeneration, RagTokenizer
 
     generator = rag.generator
     config = RagConfig.from_question_encoder_generator_configs(
@@ -106,22 +116,34 @@ def load_rag_parts(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[En
     if in_parts:
         encoder = load_encoder(str(folder / "question_encoder"), "models.question_encoder", DPRQuestionEncoder)
         return encoder, load_saved_generator(folder / "generator", dtype)
-    from transformers import RagSequenceForGeneration
-
     try:
-        model = RagSequenceForGeneration.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        config = RagConfig.from_pretrained(folder)
+        generator_class = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config.generator)]
+        weights = {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+        encoder = _part(DPRQuestionEncoder, config.question_encoder, weights, "rag.question_encoder.")
+        generator = _part(generator_class, config.generator, weights, "rag.generator.")
         encoder_tokenizer = AutoTokenizer.from_pretrained(
             folder / "question_encoder_tokenizer", trust_remote_code=False
         )
         generator_tokenizer = AutoTokenizer.from_pretrained(folder / "generator_tokenizer", trust_remote_code=False)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{folder}: damaged or not a RAG checkpoint ({reason}); run `dvc repro --force train`"
         ) from None
-    encoder = Encoder(model.rag.question_encoder.eval(), encoder_tokenizer)
-    cast_weights(model.rag.generator, dtype)
-    return encoder, generator_from(model.rag.generator.eval(), generator_tokenizer)
+    cast_weights(generator, dtype)
+    return Encoder(encoder, encoder_tokenizer), generator_from(generator, generator_tokenizer)
+
+
+def _part(model_class: type, config: PretrainedConfig, weights: dict[str, Tensor], prefix: str) -> PreTrainedModel:
+    """One of the two models of transformers' RAG layout, in fp32 and eval mode, as RagSequenceForGeneration holds it.
+
+    By itself, because the class of both imports `datasets`, a second that a question need not wait for.
+    """
+    mine = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    if not mine:
+        raise ValueError(f"no weights {prefix}*")
+    return model_class.from_pretrained(None, config=config, state_dict=mine, dtype=torch.float32).eval()
 
 
 def load_base_parts(

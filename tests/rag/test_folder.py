@@ -17,6 +17,7 @@ from stages.evaluation.decoding import generate
 from stages.generation.marginalization import log_prior
 from stages.rag.folder import load_rag_parts, save_rag
 from stages.rag.model import open_rag
+from stages.storage import manifest
 from stages.training.trainer import Trainer
 from tests.rag.test_families import rag_of
 from tests.tiny_rag import ANSWERS, LENGTHS, NEW, QUESTIONS, SETTINGS
@@ -126,3 +127,21 @@ def test_what_is_loaded_again_answers_the_same(saved):
     shape = (len(QUESTIONS), 3, -1)
     answers = [ours_of(one, ids.view(shape), mask.view(shape), prior, 2) for one in (rag, again)]
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_the_parts_of_the_rag_layout_are_those_that_transformers_loads(family, tmp_path):
+    save_rag(rag_of(family), tmp_path, "sequence")
+    whole = RagSequenceForGeneration.from_pretrained(tmp_path).rag
+    encoder, generator = load_rag_parts(tmp_path)
+    for part, expected in ((encoder.model, whole.question_encoder), (generator.model, whole.generator)):
+        assert type(part) is type(expected) and not part.training
+        assert len(list(part.parameters())) == len(list(expected.parameters()))  # what is tied stays tied
+        weights = part.state_dict()
+        assert weights.keys() == expected.state_dict().keys()
+        assert all(torch.equal(weights[name], value) for name, value in expected.state_dict().items())
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "model.safetensors").unlink()
+    manifest.record_folder(tmp_path)
+    with pytest.raises(ValueError, match="damaged or not a RAG checkpoint"):
+        load_rag_parts(tmp_path)
