@@ -8,8 +8,9 @@ DVC runs it every time. The other stages depend on what it writes: a changed fil
 from pathlib import Path
 
 from stages.machine.entry import run
+from stages.machine.stage_params import outputs
 from stages.params import Data, load_params
-from stages.storage.outside_files import describe, describe_model, find
+from stages.storage.outside_files import describe, find, refuse_outputs
 
 INPUTS = Path("data/inputs")
 
@@ -17,17 +18,19 @@ INPUTS = Path("data/inputs")
 def main() -> None:
     params = load_params()
     from stages.storage.manifest import write_json
+    from stages.storage.model_folders import PARTS, describe_part
 
-    models = params.models
-    import_path = params.index.import_path
+    data, import_path = files_of(params.data), params.index.import_path
+    models = {part: name for part in PARTS if (name := getattr(params.models, part))}
+    named = data | {f"models.{part}": name for part, name in models.items()}
+    for key, name in (named | ({"index.import_path": import_path} if import_path else {})).items():
+        refuse_outputs(name, key, outputs())
+    parts = {part: describe_part(name, part) for part, name in models.items()}
     found = {
-        "data": {key: describe(name, key) for key, name in files_of(params.data).items()},
-        "encoders": {
-            "question_encoder": describe_model(models.question_encoder, "models.question_encoder"),
-            "context_encoder": describe_model(models.context_encoder, "models.context_encoder"),
-        },
-        "generator": {"generator": describe_model(models.generator, "models.generator")},
-        "reranker": {"reranker": describe_model(models.reranker, "models.reranker")} if models.reranker else {},
+        "data": {key: describe(name, key) for key, name in data.items()},
+        "encoders": {part: parts[part] for part in ("question_encoder", "context_encoder")},
+        "generator": {"generator": parts["generator"]},
+        "reranker": {"reranker": parts["reranker"]} if "reranker" in parts else {},
         "index": {"import_path": describe(import_path, "index.import_path")} if import_path else {},
     }
 

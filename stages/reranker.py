@@ -115,11 +115,12 @@ def warm_up(folder: Path, params: Params, device, passages, search):
     from stages.encoders.own_passages import OwnPassages
     from stages.encoders.reranker_warmup import batches, warm_up_reranker
     from stages.search.reranking import Reranker
+    from stages.storage.model_folders import part_of
     from stages.storage.outside_files import find
 
     lengths, warmth = params.lengths, params.retriever.reranker
     torch.manual_seed(params.seed)
-    encoder = load_cross_encoder(str(find(params.models.reranker)))
+    encoder = load_cross_encoder(str(find(part_of(params.models.reranker, "reranker"))))
     encoder.model.to(device)
     room = encoder.passage_room(lengths.question_tokens, lengths.passage_tokens)
     chunks = (encoder.passage_rows(batch["title"], batch["text"], room) for batch in passages.iter(1000))

@@ -32,13 +32,14 @@ def main() -> None:
     from stages.encoders.own_passages import OwnPassages
     from stages.encoders.warmup import WarmUp
     from stages.storage import manifest
+    from stages.storage.model_folders import part_of
     from stages.storage.outside_files import find
 
     settings, lengths, models = params.retriever, params.lengths, params.models
     hard = settings.hard_negatives
     question_encoder, context_encoder = (
         load_encoder(
-            str(find(getattr(models, part))), f"models.{part}", as_class, models.pooling, models.normalize,
+            str(find(part_of(getattr(models, part), part))), f"models.{part}", as_class, models.pooling, models.normalize,
             (models.question_prefix, models.passage_prefix),
         )
         for part, as_class in (("question_encoder", DPRQuestionEncoder), ("context_encoder", DPRContextEncoder))

@@ -17,9 +17,10 @@ def main() -> None:
     from stages.corpus.arrow import read_rows, replacing
     from stages.corpus.token_store import write_tokens
     from stages.generation.tokenizer import load_tokenizer, passage_tokens
+    from stages.storage.model_folders import part_of
     from stages.storage.outside_files import find
 
-    tokenizer = load_tokenizer(str(find(params.models.generator)))
+    tokenizer = load_tokenizer(str(find(part_of(params.models.generator, "generator"))))
     passages = read_rows(PREPARED / "passages.arrow")
     # Longer rows would be cut when contexts are assembled: cutting here keeps the files small.
     limit = params.lengths.context_tokens

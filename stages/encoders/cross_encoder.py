@@ -27,6 +27,7 @@ from stages.encoders.encoder import ARCHITECTURES, BERT_LIKE, ROOTS, load_encode
 from stages.encoders.packed_bert import PackedBody
 from stages.encoders.sentence_layout import read_layout
 from stages.packed.packing import Packing
+from stages.storage.outside_files import hint, split_revision
 
 FEWEST_PASSAGE_TOKENS = 16
 
@@ -165,10 +166,14 @@ def load_cross_encoder(path_or_name: str, key: str = "models.reranker") -> Cross
     nothing = f"{key}: no model at '{path_or_name}'"
     try:
         layout = read_layout(path_or_name, key)
-        within = {"subfolder": layout.subfolder} if layout.subfolder else {}
-        config = AutoConfig.from_pretrained(path_or_name, trust_remote_code=False, **within)
     except OSError as error:
-        raise ValueError(f"{nothing} ({_one_line(error)}); give a folder or a hub name") from None
+        raise ValueError(f"{nothing} ({_one_line(error)}); give a folder or a hub name{hint(path_or_name)}") from None
+    source, within = split_revision(path_or_name)
+    within |= {"subfolder": layout.subfolder} if layout.subfolder else {}
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **within)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{nothing} ({_one_line(error)}); give a folder or a hub name{hint(path_or_name)}") from None
     architecture = (config.architectures or ["?"])[0]
     if architecture in ARCHITECTURES:
         encoder = load_encoder(path_or_name, key)
@@ -183,9 +188,9 @@ def load_cross_encoder(path_or_name: str, key: str = "models.reranker") -> Cross
             f"{key}: '{path_or_name}' tells {config.num_labels} classes apart; a reranker gives one score (num_labels 1)"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path_or_name, trust_remote_code=False, **within)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **within)
         model = AutoModelForSequenceClassification.from_pretrained(
-            path_or_name, num_labels=1, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, **within
+            source, num_labels=1, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, **within
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{key}: '{path_or_name}' is incomplete: {_one_line(error)}") from None

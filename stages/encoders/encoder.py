@@ -31,6 +31,7 @@ from stages.corpus.token_store import TokenStore
 from stages.encoders.packed_bert import PackedBert
 from stages.encoders.sentence_layout import SentenceLayout, read_layout, write_layout
 from stages.packed.packing import Packing
+from stages.storage.model_folders import OTHERWISE, RAG_TOKENIZERS
 from stages.storage.outside_files import hint, split_revision
 
 ARCHITECTURES = {"DPRQuestionEncoder": DPRQuestionEncoder, "DPRContextEncoder": DPRContextEncoder}
@@ -254,8 +255,18 @@ def load_encoder(
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **within)
     except (OSError, ValueError) as error:
         raise ValueError(f"{nothing} ({_one_line(error)}); give a folder or a hub name{hint(path_or_name)}") from None
-    architecture = (config.architectures or ["?"])[0]
+    from_rag = config.model_type == "rag" and key == "models.question_encoder"
+    architecture = "DPRQuestionEncoder" if from_rag else (config.architectures or ["?"])[0]
+    if from_rag and config.question_encoder.model_type != "dpr":
+        raise ValueError(
+            f"{key}: the RAG checkpoint '{path_or_name}' has a question encoder of type "
+            f"{config.question_encoder.model_type}; DPR is supported there"
+        )
     is_dpr = architecture in ARCHITECTURES
+    if config.model_type == "rag" and not from_rag:
+        part = key.removeprefix("models.")
+        what = OTHERWISE.get(part, "name another").format(name=path_or_name)
+        raise ValueError(f"{key}: '{path_or_name}' is a RAG checkpoint, which holds no {part}; {what}")
     if not is_dpr and config.model_type not in BERT_LIKE:
         known = " or ".join(ARCHITECTURES)
         raise ValueError(
@@ -265,9 +276,19 @@ def load_encoder(
     if is_dpr and pooling == "mean":
         raise ValueError(f"models.pooling: mean, but '{path_or_name}' is a DPR encoder, which pools by its first state")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **within)
+        of_tokenizer = within
+        if from_rag:
+            of_tokenizer = within | {"subfolder": RAG_TOKENIZERS["question_encoder"], "config": config.question_encoder}
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **of_tokenizer)
         options = {"dtype": torch.float32, **within}
-        if is_dpr:
+        if from_rag:
+            from transformers import (
+                RagSequenceForGeneration,  # imports `datasets`, a second that others need not wait for
+            )
+
+            whole = RagSequenceForGeneration.from_pretrained(source, use_safetensors=True, **options)
+            model = as_role(whole.rag.question_encoder, as_class)
+        elif is_dpr:
             model = ARCHITECTURES[architecture].from_pretrained(source, use_safetensors=True, **options)
             model = as_role(model, as_class)
         else:

@@ -83,9 +83,17 @@ def load_generator(path_or_name: str, chat_template: bool = False, loading: dict
     loading = loading or {"dtype": torch.float32}
     source, gguf = source_of(path_or_name)
     config = from_pretrained(AutoConfig, source, path_or_name, **gguf)
-    auto_class = AUTO_CLASSES[_family(config, path_or_name)]
+    is_rag = config.model_type == "rag"
+    auto_class = None if is_rag else AUTO_CLASSES[_family(config, path_or_name)]
     tokenizer = load_tokenizer(path_or_name)
-    if gguf:
+    if is_rag:
+        if "quantization_config" in loading:
+            raise ValueError(f"models.lora.base: {path_or_name} is a RAG checkpoint, read in fp32 or bf16; use bf16")
+        from transformers import RagSequenceForGeneration  # imports `datasets`, a second that others need not wait for
+
+        whole = from_pretrained(RagSequenceForGeneration, source, path_or_name, use_safetensors=True, **loading)
+        model = whole.rag.generator
+    elif gguf:
         if "quantization_config" in loading:
             raise ValueError(
                 f"models.lora.base: {path_or_name} is a GGUF file, which is read in fp32 or bf16; use bf16"
@@ -93,6 +101,10 @@ def load_generator(path_or_name: str, chat_template: bool = False, loading: dict
         model = _unpacked(from_pretrained(auto_class, source, path_or_name, **loading, **gguf, **UNPACK))
     else:
         model = from_pretrained(auto_class, source, path_or_name, config=config, use_safetensors=True, **loading)
+    if getattr(config, CHAT_FLAG, False) and not chat_template:
+        print(
+            f"models.chat_template: false, but {path_or_name} was trained to read contexts in its chat template; true goes on so"
+        )
     return generator_from(model.eval(), tokenizer, chat_template)
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import BoolTensor, LongTensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from stages.corpus.text_tokens import text_rows
+from stages.storage.model_folders import RAG_TOKENIZERS, is_saved_part, model_type
 from stages.storage.outside_files import hint, split_revision
 
 
@@ -23,10 +24,19 @@ def load_tokenizer(path_or_name: str) -> PreTrainedTokenizerBase:
     source, gguf = source_of(path_or_name)
     if gguf and (Path(source) / "tokenizer.json").is_file():
         gguf = {}
-    tokenizer = from_pretrained(AutoTokenizer, source, path_or_name, **gguf)
+    folder, auto_class, options = Path(source), AutoTokenizer, gguf
+    if is_saved_part(folder) and (folder / "tokenizer.json").is_file():
+        # AutoTokenizer prefers a model type's own rules to those of the file, where the two differ.
+        auto_class = PreTrainedTokenizerFast
+    elif not gguf and (not folder.is_dir() or model_type(folder) == "rag"):
+        config = from_pretrained(AutoConfig, source, path_or_name)
+        if config.model_type == "rag":
+            folder /= RAG_TOKENIZERS["generator"]
+            options = {"subfolder": folder.name, "config": config.generator}
+    tokenizer = from_pretrained(auto_class, source, path_or_name, **options)
     # transformers 5 makes up a tokenizer of special tokens where there is no vocabulary, without a word.
-    folder, files = Path(source), sorted(set(tokenizer.vocab_files_names.values()))
-    if not gguf and folder.is_dir() and files and not any((folder / file).is_file() for file in files):
+    files = sorted(set(tokenizer.vocab_files_names.values()))
+    if not gguf and Path(source).is_dir() and files and not any((folder / file).is_file() for file in files):
         raise ValueError(f"models.generator: {path_or_name} has no tokenizer: none of {', '.join(files)}")
     return tokenizer
 

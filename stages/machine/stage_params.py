@@ -32,6 +32,12 @@ def declared(stage: str, recipe: str) -> list[str]:
     return [key.replace("${train.recipe}", recipe) for key in stages[stage]["params"]]
 
 
+def outputs() -> list[str]:
+    """Every path that a stage writes and DVC deletes before."""
+    stages = yaml.safe_load(PIPELINE.read_text(encoding="utf-8"))["stages"].values()
+    return [out for stage in stages for out in stage["outs"]]
+
+
 def settings_of(params: Params) -> dict:
     """What a stage's result may depend on, for a fingerprint: all that it can read but ALWAYS."""
     return params.model_dump(mode="json", exclude=set(ALWAYS))

@@ -74,6 +74,24 @@ def refuse_pointer(path: Path, key: str, name: str) -> None:
                 )
 
 
+def refuse_outputs(names: str | list[str], key: str, outputs: list[str]) -> None:
+    """Raises ValueError for a path that is one of the pipeline's own outputs, lies in one or holds one.
+
+    DVC deletes an output before it makes it anew, and what depends on it would run again each time.
+    """
+    for name in [names] if isinstance(names, str) else names:
+        path = find(name).resolve()
+        for base in dict.fromkeys((Path().resolve(), root_folder())):
+            for output in outputs:
+                if path.is_relative_to(base / output) or (path.is_dir() and (base / output).is_relative_to(path)):
+                    beside = "my-model" if key.startswith("models.") else "my-copy"
+                    more = f" && cp -rL data/retriever/context_encoder {beside}/" if output == "data/model" else ""
+                    raise ValueError(
+                        f"{key}: {name} is an output of the pipeline itself ({output}), which is deleted before it is made "
+                        f"anew; copy it and name the copy: cp -rL {name} {beside}{more}"
+                    )
+
+
 def describe(names: str | list[str], key: str) -> dict:
     """What is behind a path, a glob or a list of them: {path: {bytes, sha256}}, of a folder for every file in it.
 

@@ -22,6 +22,7 @@ from stages.rag.prior import starting_prior
 from stages.search.passage_encoder import PassageEncoder
 from stages.search.reranking import load_reranker
 from stages.storage.checkpoints import digest
+from stages.storage.model_folders import part_files, part_of
 from stages.storage.outside_files import find
 from stages.training import fsdp
 from stages.training.index_refresh import check_ranks
@@ -51,12 +52,12 @@ def data_sets() -> Iterator[tuple[str, str, str, str, dict]]:
 def inputs_of(params: Params) -> list[Path]:
     """The files that decide what comes out, for the fingerprint."""
     encoders = ["question_encoder", *(["context_encoder"] if params.train.index_refresh_steps else [])]
-    generator = find(params.models.generator)
+    generator = map(find, part_files(params.models.generator, "generator"))
     ranking = params.models.reranker or params.retriever.learn_weights
     return [
         PREPARED, TOKENS, *(RETRIEVER / encoder for encoder in encoders), VECTORS, INDEX,
         *([LEXICAL] if params.retriever.hybrid_depth else []), *([RERANKER] if ranking else []),
-        *([generator] if generator.exists() else []),
+        *(file for file in generator if file.exists()),
     ]  # fmt: skip
 
 
@@ -72,8 +73,9 @@ def build_rag(
     if sharded:
         fsdp.check_retriever(params.models.reranker, params.retriever.learn_weights)
         fsdp.check_base(lora and lora.base)
+    base = str(find(part_of(params.models.generator, "generator")))
     encoder, generator = folder.load_base_parts(
-        str(RETRIEVER / "question_encoder"), str(find(params.models.generator)), params.models.chat_template,
+        str(RETRIEVER / "question_encoder"), base, params.models.chat_template,
         lora and loading(lora.base, device),
     )  # fmt: skip
     torch.manual_seed(params.train.seed)
