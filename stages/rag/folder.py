@@ -45,8 +45,9 @@ def save_rag(rag: Rag, folder: Path, marginal: str, reading: str = "each") -> No
     with all passages' vectors by it. With a reranker: reranker/. Where the prior's weights learned: prior.json.
     """
     merge_lora(rag.generator_model)
-    _describe_answers(rag.generator, rag.lengths.answer_tokens)
-    if fits_transformers(rag) and reading == "each":
+    as_rag = fits_transformers(rag) and reading == "each"
+    _describe_answers(rag.generator, rag.lengths.answer_tokens, as_rag)
+    if as_rag:
         _save_transformers_rag(rag, folder, marginal)
     else:
         rag.encoder.save(folder / "question_encoder")
@@ -65,7 +66,7 @@ def fits_transformers(rag: Rag) -> bool:
     return rag.encoder.is_plain_dpr and rag.generator_model.config.is_encoder_decoder
 
 
-def _describe_answers(generator: Generator, answer_tokens: int) -> None:
+def _describe_answers(generator: Generator, answer_tokens: int, as_rag: bool) -> None:
     """Makes the model's configurations say how it was trained to answer, whatever its base model's said.
 
     A base model may ask for forced first tokens, penalties and sampling, and BART's starts from another token.
@@ -76,9 +77,10 @@ def _describe_answers(generator: Generator, answer_tokens: int) -> None:
         start = generator.decoder_prefix[-1]
         # Not max_new_tokens: RagTokenForGeneration.generate does not know it.
         settings = {"max_length": answer_tokens + len(generator.decoder_prefix), "decoder_start_token_id": start}
-        # In the RAG layout the generator's own generation configuration is made from these.
-        model.config.decoder_start_token_id = start
-        model.config.forced_bos_token_id, model.config.forced_eos_token_id = None, eos
+        model.config.decoder_start_token_id, model.config.forced_bos_token_id = start, None
+        # In the RAG layout the generator's own generation configuration is made from these; alone, T5's may not hold them.
+        if as_rag or hasattr(model.config, "forced_eos_token_id"):
+            model.config.forced_eos_token_id = eos
     model.generation_config = GenerationConfig(
         num_beams=BEAMS, length_penalty=0.0, eos_token_id=eos, pad_token_id=generator.pad_token_id,
         bos_token_id=generator.tokenizer.bos_token_id, forced_eos_token_id=eos, **settings,

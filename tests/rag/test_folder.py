@@ -74,7 +74,7 @@ def assert_alike(ours, theirs, num_beams):
     assert len({given.text for given in ours}) > 2
 
 
-@pytest.fixture(scope="module", params=["bart", "bart in parts", "t5", "llama", "qwen2", "gpt2"])
+@pytest.fixture(scope="module", params=["bart", "bart in parts", "t5", "t5 in parts", "llama", "qwen2", "gpt2"])
 def saved(request, tmp_path_factory):
     rag = trained(request.param.split()[0], "parts" in request.param)
     folder = tmp_path_factory.mktemp("model")

@@ -232,11 +232,3 @@ def test_rows_end_to_end_and_repeated():
     repeated = copies.unpack(packing.pack(values)[of])
     assert torch.equal(repeated, (values * mask).repeat_interleave(2, 0))
     assert torch.equal(packing.pack(values)[of][places], packing.pack(values)[:, None].expand(-1, 2))
-
-
-def test_a_decoder_only_generator_is_refused_in_one_line():
-    with pytest.raises(
-        ValueError, match="reading: together wants an encoder-decoder .*type llama; use reading: each"
-    ) as told:
-        forward(rag_of("llama"))
-    assert "\n" not in str(told.value)
