@@ -24,16 +24,18 @@ MOST_GRAPHS = 64  # the sizes that come later run without; each graph takes some
 class CudaGraphs:
     """Calls `log_probs` (PackedBart's or PackedCausal's) by graphs where gradients are wanted, else as it is.
 
-    `model` is what it runs; `context_tokens` and `answer_tokens` the most that a row has. Between a call and
-    the backward pass through what it gave there must be no other call.
+    `model` is what it runs; `context_tokens` and `answer_tokens` the most that a row has. Gradients are added to `grad` of
+    the parameters `trained`, where these are not the model's own (working_copy.py). Between a call and the backward pass
+    through what it gave there must be no other call.
     """
 
     def __init__(
         self, log_probs: Callable[[PackedAnswers, float], Tensor], model: torch.nn.Module, context_tokens: int,
-        answer_tokens: int,
+        answer_tokens: int, trained: list[torch.nn.Parameter] | None = None,
     ):  # fmt: skip
         self.log_probs, self.model = log_probs, model
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.computed = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.parameters = trained or self.computed
         self.widths = (context_tokens, answer_tokens)
         self.graphs: dict[tuple, _Graph] = {}
         self.gradients: dict[int, Tensor] = {}  # by place in `parameters`: what the graphs add to
@@ -92,7 +94,7 @@ class CudaGraphs:
             # Once as usual: libraries set themselves up, and memory runs out where that can be met.
             with casting:
                 log_probs = self.log_probs(static, label_smoothing)
-                found = torch.autograd.grad(log_probs, self.parameters, torch.zeros_like(log_probs), allow_unused=True)
+                found = torch.autograd.grad(log_probs, self.computed, torch.zeros_like(log_probs), allow_unused=True)
             used = [place for place, value in enumerate(found) if value is not None]
             self.gradients = {place: torch.zeros_like(self.parameters[place]) for place in used}
             del log_probs, found
@@ -102,7 +104,7 @@ class CudaGraphs:
             log_probs = self.log_probs(static, label_smoothing)
         gradient = torch.zeros_like(log_probs)
         with self._recording(backward):
-            read = [self.parameters[place] for place in self.gradients]
+            read = [self.computed[place] for place in self.gradients]
             found = torch.autograd.grad(log_probs, read, gradient)
             torch._foreach_add_(list(self.gradients.values()), list(found))
         torch.cuda.current_stream().wait_stream(self.stream)

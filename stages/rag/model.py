@@ -6,6 +6,7 @@ loss for the retriever. Where the context encoder trains too, the passages found
 reranker the passages read are the best of more candidates.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from stages.generation.packed_bart import PackedBart
 from stages.generation.packed_causal import PackedCausal
 from stages.generation.vocabulary import padded_log_probs
 from stages.packed.cuda_graphs import CudaGraphs
+from stages.packed.working_copy import WorkingCopy
 from stages.params import Lengths, Params
 from stages.rag.batches import Examples, RagBatch
 from stages.rag.prior import PriorWeights, Weights, prior_of
@@ -63,6 +65,31 @@ class Rag(nn.Module):
         self.passage_encoder = passage_encoder
         self.reranker, self.rerank_depth = reranker, rerank_depth
         self.packed = packed_likelihood(generator)
+        self.working: WorkingCopy | None = None
+
+    def work_in(self, dtype: torch.dtype) -> None:
+        """From now on the generator's likelihood is computed with a copy of its weights in `dtype`, where it has a packed one
+        and all of its weights are trained. To be called before all else that changes how it is computed."""
+        if self.packed and WorkingCopy.fits(self.generator_model):
+            self.working = WorkingCopy(self.generator_model, dtype)
+            self.packed.model = self.working.model
+
+    def weights_changed(self) -> None:
+        """To be called when the trained weights have got new values."""
+        if self.working:
+            self.working.update()
+
+    def train(self, mode: bool = True) -> "Rag":
+        """As every module's, for the generator's working copy, too."""
+        if self.working:
+            self.working.model.train(mode)
+        return super().train(mode)
+
+    def compute_activations_again(self) -> None:
+        """From now on the backward pass through the generator computes its activations again."""
+        # The generator's alone: a question is short, its encoder keeps little.
+        for model in {self.generator_model, self.packed.model if self.packed else self.generator_model}:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def record_graphs(self, reading: str = "each") -> None:
         """From now on training replays the generator's passes as CUDA graphs, where it has a packed likelihood."""
@@ -72,9 +99,10 @@ class Rag(nn.Module):
             limits = prompt, self.lengths.answer_tokens
             self.packed.graphs = CudaGraphs(
                 self.packed.log_probs,
-                self.generator_model,
+                self.packed.model,
                 self.generator.positions_needed(*limits),
                 limits[1],
+                self.working and self.working.own,
             )
 
     def examples(
@@ -237,7 +265,8 @@ class Rag(nn.Module):
         n_docs = len(input_ids) // questions
         if self.packed:
             repeated = [part.repeat_interleave(n_docs, 0) for part in (batch.targets, batch.target_mask)]
-            scored = self.packed.token_log_probs(input_ids, attention_mask, *repeated, label_smoothing)
+            with self.working.computing() if self.working else nullcontext():
+                scored = self.packed.token_log_probs(input_ids, attention_mask, *repeated, label_smoothing)
             return scored.unflatten(0, (questions, n_docs))
         contexts = self.generator.encode(input_ids, attention_mask)
         targets = batch.targets.repeat_interleave(n_docs, 0)

@@ -69,6 +69,7 @@ class Keeper:
         ranks.wait()  # until rank 0 has written what all read
         if self.best:
             checkpointing.load_weights(self.rag, self.checkpoints.best(progress.best_step))
+            self.rag.weights_changed()
         fsdp.make_whole(self.rag)
         ranks.wait()  # until all have read what rank 0 replaces
         if ranks.is_main():
@@ -82,6 +83,7 @@ class Keeper:
             return None
         weights, state = found
         checkpointing.load_weights(self.rag, weights)
+        self.rag.weights_changed()
         fsdp.make_whole(self.rag)
         self.rag.eval()
         return Progress(**state["progress"])
@@ -94,6 +96,7 @@ class Keeper:
         weights, state = found
         weights, snapshots = split_snapshots(weights)
         checkpointing.load_weights(self.rag, weights)
+        self.rag.weights_changed()
         self.optimizer.load_state_dict(fsdp.parts_of_moments(state["optimizer"], self.optimizer))
         self.schedule.load_state_dict(state["schedule"])
         if self.scaler and state["scaler"]:

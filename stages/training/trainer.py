@@ -47,8 +47,7 @@ class Trainer:
         self.sharded = fsdp.is_sharded(rag)
         self.checkpoints = checkpoints
         if settings.gradient_checkpointing:
-            # The generator's alone: a question is short, its encoder keeps little.
-            rag.generator_model.gradient_checkpointing_enable({"use_reentrant": False})
+            rag.compute_activations_again()
         # Precision only ("evaluation"): DDP would average gradients, but an update is the sum over all questions.
         self.model = self.accelerator.prepare_model(rag, device_placement=False, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare_optimizer(make_optimizer(rag, settings))
@@ -181,6 +180,7 @@ class Trainer:
         self.accelerator.unscale_gradients()
         norms = clipped_norms(self.rag, self.settings.max_grad_norm)
         self._step_if_finite(update.rows, norms["gradient_norm"])
+        self.rag.weights_changed()
         if not self.accelerator.optimizer_step_was_skipped:  # fp16's loss scaling drops steps that overflow
             self.schedule.step()
         self.optimizer.zero_grad()
