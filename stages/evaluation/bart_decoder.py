@@ -19,6 +19,8 @@ ROOM = 8  # tokens that a hypothesis has room for at first; doubled where it get
 class BartState:
     """Where R hypotheses over C contexts stand."""
 
+    shares_contexts = True
+
     def __init__(self, model: nn.Module, states: Tensor, mask: Tensor, prefix: list[int]):
         """A hypothesis on each of the contexts `states` [C, L, H]; `mask` [C, L] is 0 at padding; `prefix` starts answers."""
         self.prefix = prefix

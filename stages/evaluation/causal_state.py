@@ -16,6 +16,8 @@ from stages.generation.causal import Causal, Prompts
 class CausalState:
     """Where R hypotheses stand. The cache's slots are `prompt` slots of prompts, padded on the left, then answers."""
 
+    shares_contexts = False
+
     generator: Causal
     cache: Cache
     mask: Tensor  # [R, slots], 1 at real tokens

@@ -12,14 +12,16 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import LongTensor, Tensor
 
 from stages.corpus.answers import normalize_answer
-from stages.evaluation.states import State, next_token, start
+from stages.evaluation.states import State, start
 from stages.generation.generator import Generator
 
-# Most logits to hold at once while candidates are rescored: 2**28 are 1 GB in fp32.
+# Most logits to hold at once while candidates are rescored: 2**28 are 1 GB in fp32. A large GPU holds up to four times.
 LOGITS_AT_ONCE = 2**28
 
 
@@ -162,7 +164,26 @@ def _beam_search(
         joint = log_probs.view(len(log_prior), -1, docs, vocab) + log_prior[:, None, :, None]
         # Not left to the sum: what the generator says to a missing passage may be NaN.
         joint.masked_fill_(log_prior[:, None, :, None] == -math.inf, -math.inf)
-        return joint.squeeze(2) if docs == 1 else joint.logsumexp(2)
+        return joint.logsumexp(2)
+
+    def likeliest(scored: Tensor, last: bool) -> tuple[Tensor, Tensor]:  # [G * beams * D, V] -> [G, beams, n], words
+        """log p of each beam's likeliest words, as many as a group can take of it; of EOS alone at the last place.
+
+        `scored` are logits or log-probabilities. Of one document the likeliest have the largest logits: scores are made of
+        these few alone.
+        """
+        log_probs = scored.log_softmax(-1, dtype=torch.float)
+        if docs > 1:
+            scored = log_probs = marginal(log_probs)
+        else:
+            scored, log_probs = (part.view(len(log_prior), -1, vocab) for part in (scored, log_probs))
+        ending = torch.full((*scored.shape[:2], 1), eos, device=device)
+        words = ending if last else scored.topk(min(2 * num_beams, vocab)).indices
+        log_probs = log_probs.gather(2, words)
+        if docs == 1:
+            absent = log_prior[:, :, None] == -math.inf
+            log_probs = (log_probs + log_prior[:, :, None]).masked_fill(absent, -math.inf)
+        return log_probs, words
 
     def pick(hypotheses: Tensor, beams: Tensor) -> Tensor:  # [G, n, T], [G, m] -> [G, m, T]
         return hypotheses.gather(1, beams[..., None].expand(-1, -1, max_answer_tokens))
@@ -171,7 +192,7 @@ def _beam_search(
     doc = torch.arange(docs, device=device)
     group = torch.arange(groups, device=device)[:, None, None]
     state = state.fork((group * docs + doc).expand(groups, num_beams, docs).flatten())
-    log_probs = marginal(first).expand(groups, num_beams, vocab)
+    log_probs, words = (part.expand(groups, num_beams, -1) for part in likeliest(first, max_answer_tokens == 1))
     live_scores = torch.full((groups, num_beams), -math.inf, device=device)
     finished_scores = live_scores.clone()
     live_scores[:, 0] = 0.0  # one beam at first, or every token would be found num_beams times
@@ -183,11 +204,14 @@ def _beam_search(
     all_finished, all_scores = finished.clone(), finished_scores.clone()
 
     for step in range(max_answer_tokens):
-        scores = live_scores[..., None] + log_probs
-        if step == max_answer_tokens - 1:
-            scores = scores.masked_fill(torch.arange(vocab, device=device) != eos, -math.inf)
-        best, index = scores.flatten(1).topk(2 * num_beams)
-        parent, token = index // vocab, index % vocab
+        scores = (live_scores[..., None] + log_probs).flatten(1)
+        # Fewer where each beam can only end, or the vocabulary is tiny; what is missing is EOS that nobody reaches.
+        missing = 2 * num_beams - scores.shape[1]
+        if missing > 0:
+            scores = F.pad(scores, (0, missing), value=-math.inf)
+        best, index = scores.topk(2 * num_beams)
+        parent = (index // log_probs.shape[2]).clamp(max=num_beams - 1)
+        token = F.pad(words.flatten(1), (0, max(0, missing)), value=eos).gather(1, index)
 
         # A group that is done takes no more, or a tie could make its answer depend on the rest of the batch.
         ended = best.masked_fill((token != eos) | done, -math.inf)[:, :num_beams]
@@ -215,7 +239,8 @@ def _beam_search(
             finished, finished_scores = finished[left], finished_scores[left]
         elif num_beams > 1:
             state.reorder(rows.flatten())
-        log_probs = marginal(next_token(state, token.repeat_interleave(docs, dim=1).flatten()))
+        logits = state.advance(token.repeat_interleave(docs, dim=1).flatten()[:, None])[:, -1]
+        log_probs, words = likeliest(logits, step + 1 == max_answer_tokens - 1)
 
     all_finished[searched], all_scores[searched] = finished, finished_scores
     if not (all_scores[:, 0] > -math.inf)[has_document].all():
@@ -238,69 +263,107 @@ def _complete(
     some: no approximation, and most never meet most passages.
     """
     n_docs = len(priors[0])
+    # Candidates [C], those of a question and of an answer side by side; what is known of them [C, K].
+    candidates, question, answer = [], [], []
+    answers = 0
+    for place, of_question in enumerate(log_likelihoods):
+        alike: dict[Hashable, list[tuple[int, ...]]] = {}
+        for tokens in of_question:
+            alike.setdefault(answer_of(tokens), []).append(tokens)
+        for some in alike.values():
+            candidates += some
+            question += [place] * len(some)
+            answer += [answers] * len(some)
+            answers += 1
+    question, answer = np.array(question), np.array(answer)
+    lengths = np.array([len(tokens) for tokens in candidates])
+    words = np.full((len(candidates), lengths.max()), generator.eos_token_id)
+    words[np.arange(words.shape[1]) < lengths[:, None]] = [word for tokens in candidates for word in tokens]
+    given = [log_likelihoods[place][tokens] for place, tokens in zip(question, candidates, strict=True)]
+    scores = np.array(given, dtype=float)  # None becomes NaN
+    known = np.array([[value is not None for value in values] for values in given])
+    prior = np.array(priors)[question]
+    left = np.arange(len(candidates))
     while True:
-        pairs = []
-        for question, (scores, prior) in enumerate(zip(log_likelihoods, priors, strict=True)):
-            together: dict[Hashable, list[list[float | None]]] = {}
-            for tokens, per_doc in scores.items():
-                together.setdefault(answer_of(tokens), []).append(per_doc)
-            certain, possible = {}, {}
-            for answer, candidates in together.items():
-                known = [
-                    [p + q for q in of_doc if q is not None and p > -math.inf] or [-math.inf]
-                    for p, of_doc in zip(prior, zip(*candidates, strict=True), strict=True)
-                ]
-                certain[answer] = _logsumexp([_logsumexp(values) for values in known])
-                possible[answer] = _logsumexp(
-                    [
-                        p if None in of_doc else _logsumexp(values)
-                        for p, of_doc, values in zip(prior, zip(*candidates, strict=True), known, strict=True)
-                    ]
-                )
-            # The slack leaves to the full sums what only rounding separates.
-            threshold = max(certain.values()) - 1e-3
-            left = {answer for answer, bound in possible.items() if bound >= threshold}
-            for tokens in [tokens for tokens in scores if answer_of(tokens) not in left]:
-                del scores[tokens]
-            for tokens, per_doc in scores.items():
-                waiting = [doc for doc in range(n_docs) if per_doc[doc] is None and prior[doc] > -math.inf]
-                # The winner, once it is alone, needs all its shares; rivals meet their likeliest passage.
-                chosen = waiting if len(left) == 1 else [max(waiting, key=prior.__getitem__)] if waiting else []
-                pairs += [(question, tokens, doc) for doc in chosen]
-        if not pairs:
-            return
-        pairs.sort(key=lambda pair: len(pair[1]))  # alike lengths together, for little padding
-        rows = [question * n_docs + doc for question, _, doc in pairs]
-        scored = _score(generator, state, first, rows, [tokens for _, tokens, _ in pairs])
-        for (question, tokens, doc), log_prob in zip(pairs, scored, strict=True):
-            log_likelihoods[question][tokens][doc] = log_prob
+        wanted, possible = _wanted(scores[left], known[left], prior[left], question[left], answer[left])
+        left, wanted = left[possible], wanted[possible]
+        if not wanted.any():
+            break
+        chosen, docs = np.nonzero(wanted)
+        order = lengths[left[chosen]].argsort(kind="stable")  # alike lengths together, for little padding
+        chosen, docs = left[chosen[order]], docs[order]
+        rows = question[chosen] * n_docs + docs
+        scores[chosen, docs] = _score(generator, state, first, rows, words[chosen], lengths[chosen])
+        known[chosen, docs] = True
+    for of_question in log_likelihoods:
+        of_question.clear()
+    for place in left:
+        found = [value if sure else None for value, sure in zip(scores[place].tolist(), known[place], strict=True)]
+        log_likelihoods[question[place]][candidates[place]] = found
+
+
+def _wanted(
+    scores: np.ndarray, known: np.ndarray, prior: np.ndarray, question: np.ndarray, answer: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which scores [C, K] are to be made next, and which candidates [C] belong to an answer that can still be the best.
+
+    Log-likelihoods `scores` count where they are `known`; `question` and `answer` [C] are sorted.
+    """
+    present = prior > -math.inf
+    of_answer = np.flatnonzero(np.diff(answer, prepend=-1))
+    of_question = np.flatnonzero(np.diff(question[of_answer], prepend=-1))
+    place = np.cumsum(np.diff(answer, prepend=answer[0]) > 0)  # each candidate's answer
+    asked = np.cumsum(np.diff(question[of_answer], prepend=question[0]) > 0)  # each answer's question
+    joint = np.where(known & present, prior + scores, -math.inf)
+    together = np.logaddexp.reduceat(joint, of_answer)
+    certain = np.logaddexp.reduce(together, axis=1)
+    open_docs = np.logical_or.reduceat(~known, of_answer)
+    bound = np.logaddexp.reduce(np.where(open_docs, prior[of_answer], together), axis=1)
+    # The slack leaves to the full sums what only rounding separates.
+    left = bound >= np.maximum.reduceat(certain, of_question)[asked] - 1e-3
+    alone = np.add.reduceat(left.astype(int), of_question)[asked] == 1
+    waiting = ~known & present
+    # The winner, once it is alone, needs all its shares; rivals meet their likeliest passage.
+    likeliest = np.where(waiting, prior, -math.inf).argmax(1)
+    next_one = waiting & (np.arange(prior.shape[1]) == likeliest[:, None])
+    return np.where(alone[place][:, None], waiting, next_one), left[place]
 
 
 def _score(
-    generator: Generator, state: State, first: Tensor, rows: list[int], answers: list[tuple[int, ...]]
-) -> list[float]:
-    """log p(y|x,z) of answers (tokens with EOS, shortest first) under the contexts `rows`.
+    generator: Generator, state: State, first: Tensor, rows: np.ndarray, words: np.ndarray, lengths: np.ndarray
+) -> np.ndarray:
+    """log p(y|x,z) [N] of answers under the contexts `rows` [N]: `words` [N, T] behind `lengths` [N] EOS, shortest first.
 
     `state` and `first` [R, V] as in `_beam_search`: the contexts' keys and values are used again.
     """
-    # No more rows than the contexts, so that the caches need little more memory than theirs.
-    at_once = max(1, min(len(first), LOGITS_AT_ONCE // (len(answers[-1]) * first.shape[-1])))
+    device, vocab = first.device, first.shape[-1]
+    widths = lengths.tolist()
+    rows, words, lengths = (torch.from_numpy(part).to(device) for part in (rows, words, lengths))
+    at_once = max(1, _logits_at_once(device) // (widths[-1] * vocab))
+    if not state.shares_contexts:  # so that the caches need little more memory than the contexts'
+        at_once = min(at_once, len(first))
     scores = []
     for begin in range(0, len(rows), at_once):
-        chunk = answers[begin : begin + at_once]
-        chosen = torch.tensor(rows[begin : begin + at_once], device=first.device)
-        width = len(chunk[-1])
-        padded = [tokens + (generator.eos_token_id,) * (width - len(tokens)) for tokens in chunk]
-        targets = torch.tensor(padded, device=first.device)
-        lengths = torch.tensor([len(tokens) for tokens in chunk], device=first.device)
+        chosen, length = rows[begin : begin + at_once], lengths[begin : begin + at_once]
+        width = widths[begin : begin + at_once][-1]
+        targets = words[begin : begin + at_once, :width]
         log_probs = first[chosen, targets[:, 0]][:, None]
         if width > 1:
             logits = state.fork(chosen).advance(targets[:, :-1]).float()
             later = logits.gather(2, targets[:, 1:, None]).squeeze(2) - logits.logsumexp(-1)
             log_probs = torch.cat([log_probs, later], dim=1)
-        padding = torch.arange(width, device=first.device) >= lengths[:, None]
-        scores += log_probs.masked_fill(padding, 0.0).sum(1).tolist()
-    return scores
+        padding = torch.arange(width, device=device) >= length[:, None]
+        scores.append(log_probs.masked_fill(padding, 0.0).sum(1))
+    return torch.cat(scores).double().cpu().numpy()
+
+
+def _logits_at_once(device: torch.device) -> int:
+    """Most logits to hold at once while candidates are rescored: of a GPU's free memory a third, 12 bytes each."""
+    if device.type != "cuda":
+        return LOGITS_AT_ONCE
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + unused
+    return min(4 * LOGITS_AT_ONCE, max(LOGITS_AT_ONCE // 16, free // 36))
 
 
 def _logsumexp(values: list[float]) -> float:

@@ -23,6 +23,8 @@ ROOM = 8  # tokens that a hypothesis has room for at first; doubled where it get
 class LlamaState:
     """Where R hypotheses over C prompts stand."""
 
+    shares_contexts = True
+
     def __init__(self, model: nn.Module, contexts: SharedContexts, own: Tensor, states: Tensor):
         """`own` [layers, 2, R, heads, room, d]: keys and values of the `fed` tokens so far; `states` [R, H] of the prompts'
         last tokens."""

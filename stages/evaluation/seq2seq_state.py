@@ -17,6 +17,8 @@ from stages.generation.seq2seq import Contexts, Seq2Seq, forward
 class Seq2SeqState:
     """Where R hypotheses stand: their contexts and, once the prefix was fed, the library's cache of keys and values."""
 
+    shares_contexts = False
+
     generator: Seq2Seq
     contexts: Contexts
     cache: EncoderDecoderCache | None = None

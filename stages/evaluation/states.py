@@ -15,6 +15,8 @@ from stages.generation.generator import Generator
 class State(Protocol):
     """R hypotheses, each on a context that was read once. V words."""
 
+    shares_contexts: bool  # whether `fork` leaves the contexts where they are, however many rows it makes
+
     def first(self) -> Tensor:
         """log p of the answer's first token, fp32 [R, V]; called once, before `advance`."""
 
