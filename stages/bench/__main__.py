@@ -42,6 +42,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--answer-tokens", type=int, default=10, help="most tokens of a decoded answer")
     made.add_argument("--compiled", action="store_true", help="torch.compile the layers (a minute of warm-up)")
     made.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="CUDA graphs in training")
+    made.add_argument(
+        "--autocast", action="store_true", help="bf16 by autocast alone, without bf16 copies of the weights"
+    )
     made.add_argument("--engine", choices=("exact", "faiss-gpu"), default="exact", help="search: ours, or FAISS's")
     made.add_argument("--profile", type=Path, help="train: write the costliest kernels of three steps here, as text")
     made.add_argument("--batch-tokens", type=int, default=131072, help="padded tokens encoded at once (index)")

@@ -57,6 +57,8 @@ def bench_train(options: Namespace, device: torch.device) -> dict:
 def rag_to_train(options: Namespace, device: torch.device) -> Rag:
     """Random weights of the chosen shapes over random passages, compiled if that is asked for."""
     rag = random_models.random_rag(options.shapes, options.passages[0], options.n_docs, device)
+    if not options.autocast and precision_of(options, device) == "bf16":
+        rag.work_in(torch.bfloat16)
     if rag.packed and options.compiled:
         rag.packed.compile()
     if options.graphs and device.type == "cuda":
@@ -64,11 +66,17 @@ def rag_to_train(options: Namespace, device: torch.device) -> Rag:
     return rag
 
 
+def precision_of(options: Namespace, device: torch.device) -> str:
+    """accelerate's name of the precision that the recipe trains in."""
+    return mixed_precision(OLD["precision"] if options.recipe == "old" else options.precision, device)
+
+
 def give_back(rag: Rag) -> None:
-    """Frees the recorded graphs and the gradients: what is measured next shall not pay for them."""
+    """Frees recorded graphs, gradients and working copy: what is measured next shall not pay for them."""
     rag.zero_grad(set_to_none=True)
+    rag.working = None
     if rag.packed:
-        rag.packed.graphs = None
+        rag.packed.graphs, rag.packed.model = None, rag.generator_model
     gc.collect()
 
 
@@ -93,7 +101,7 @@ def trainer_of(
         logging_steps=logging_steps, eval_steps=steps, save_steps=steps, save_total_limit=1,
         gradient_checkpointing=False, compile=False, halve_on_oom=False, max_skipped_steps=20, index_refresh_steps=0,
     )  # fmt: skip
-    return Trainer(rag, recipe, settings, mixed_precision(recipe.precision, device), 1, None)
+    return Trainer(rag, recipe, settings, precision_of(options, device), 1, None)
 
 
 def ours_training(rag: Rag, options: Namespace, batch_size: int, accumulation: int, device: torch.device) -> dict:

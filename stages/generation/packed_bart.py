@@ -81,12 +81,18 @@ class PackedBart:
 
         Only real answer positions reach the decoder and the vocabulary.
         """
-        # Both before anything is computed with them: the host waits for the device here and nowhere below.
+        return self.score(self.pack(input_ids, attention_mask, targets, target_mask), label_smoothing)
+
+    def pack(self, input_ids: Tensor, attention_mask: Tensor, targets: Tensor, target_mask: Tensor) -> PackedAnswers:
+        """What `score` reads. The host waits for the device here, and nowhere else."""
         tokens, answers = Packing.of(attention_mask), Packing.of(target_mask)
         read = F.pad(targets[:, :-1], (1, 0), value=self.prefix)
-        packed = PackedAnswers(tokens.pack(input_ids), tokens, answers.pack(read), answers.pack(targets), answers)
+        return PackedAnswers(tokens.pack(input_ids), tokens, answers.pack(read), answers.pack(targets), answers)
+
+    def score(self, packed: PackedAnswers, label_smoothing: float = 0.0) -> Tensor:
+        """`token_log_probs` of what was packed before."""
         run = self.graphs or self.log_probs
-        return answers.unpack(run(packed, label_smoothing))
+        return packed.answers.unpack(run(packed, label_smoothing))
 
     def joint_log_probs(
         self, input_ids: Tensor, attention_mask: Tensor, targets: Tensor, target_mask: Tensor,

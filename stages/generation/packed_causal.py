@@ -74,19 +74,25 @@ class PackedCausal:
 
         Only positions that predict a real answer token reach the vocabulary.
         """
+        return self.score(self.pack(input_ids, attention_mask, targets, target_mask), label_smoothing)
+
+    def pack(self, input_ids: Tensor, attention_mask: Tensor, targets: Tensor, target_mask: Tensor) -> PackedAnswers:
+        """What `score` reads. The host waits for the device here, and nowhere else."""
         prompts, answers = attention_mask.sum(1, keepdim=True), target_mask.sum(1, keepdim=True)
         fed = targets.shape[1] - 1  # the last token is predicted, not read
         ids = F.pad(input_ids, (0, fed))
         place = torch.arange(ids.shape[1], device=ids.device) - prompts
         if fed:
             ids = torch.where(place < 0, ids, targets.gather(1, place.clamp(0, fed - 1)))
-        # Both before anything is computed with them: the host waits for the device here and nowhere below.
         tokens, scored = Packing.of(place < answers - 1), Packing.of(target_mask)
         row = scored.index // scored.width
         predicting = tokens.offsets[row] + prompts[row, 0] - 1 + scored.positions
-        packed = PackedAnswers(tokens.pack(ids), tokens, predicting, scored.pack(targets), scored)
+        return PackedAnswers(tokens.pack(ids), tokens, predicting, scored.pack(targets), scored)
+
+    def score(self, packed: PackedAnswers, label_smoothing: float = 0.0) -> Tensor:
+        """`token_log_probs` of what was packed before."""
         run = self.graphs or self.log_probs
-        return scored.unpack(run(packed, label_smoothing))
+        return packed.answers.unpack(run(packed, label_smoothing))
 
     def log_probs(self, packed: PackedAnswers, label_smoothing: float) -> Tensor:
         """log p [answers] of each answer token, in fp32."""

@@ -60,3 +60,10 @@ class RagBatch(NamedTuple):
     target_mask: Tensor  # [B, T]
     hits: Hits | None = None
     asked: Asked | None = None  # as the reranker reads them
+
+    def part(self, rows: slice) -> "RagBatch":
+        """Some of the questions, as wide as all of them."""
+        *tensors, hits, asked = self
+        return RagBatch(
+            *(part[rows] for part in tensors), hits and hits.select(rows), asked and Asked(*(p[rows] for p in asked))
+        )

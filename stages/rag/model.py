@@ -24,8 +24,10 @@ from stages.generation.packed_bart import PackedBart
 from stages.generation.packed_causal import PackedCausal
 from stages.generation.vocabulary import padded_log_probs
 from stages.packed.cuda_graphs import CudaGraphs
+from stages.packed.packing import PackedAnswers
 from stages.packed.working_copy import WorkingCopy
 from stages.params import Lengths, Params
+from stages.rag.ahead import Found
 from stages.rag.batches import Examples, RagBatch
 from stages.rag.prior import PriorWeights, Weights, prior_of
 from stages.rag.together import read_together
@@ -224,23 +226,33 @@ class Rag(nn.Module):
 
     def forward(
         self, batch: RagBatch, *, marginal: str, retriever_gradient: str = "exact", label_smoothing: float = 0.0,
-        reading: str = "each",
+        reading: str = "each", found: Found | None = None,
     ) -> RagOutput:  # fmt: skip
         """Each question's negative log-likelihood under its retrieved passages.
 
         Reading each, `marginal` is sequence, token or average (see marginalization.py). Reading together there is none,
         and `retriever_gradient` names a loss for the retriever (retriever_losses.py), computed where gradients are.
-        `retriever_gradient` "none" cuts the gradient to all that ranks passages.
+        `retriever_gradient` "none" cuts the gradient to all that ranks passages. What was `found` before (ahead.py), reading
+        each, is not looked for again.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and retriever_gradient != "none"):
-            rows, scores = self.retrieve(self.encode_questions(batch), batch.hits, batch.asked)
+        rows, scores = (found.rows, found.scores) if found else self.find(batch, retriever_gradient)
         prior = marginalization.log_prior(scores)
         if reading == "together":
             return self._forward_together(batch, rows, prior, retriever_gradient, label_smoothing)
-        input_ids, attention_mask = self.contexts(batch, rows)
-        token_lp = self.token_log_probs(batch, input_ids, attention_mask, label_smoothing)
+        if found:
+            token_lp = self._packed_log_probs(found.packed, label_smoothing).unflatten(0, rows.shape)
+            read = found.context_tokens
+        else:
+            input_ids, attention_mask = self.contexts(batch, rows)
+            token_lp = self.token_log_probs(batch, input_ids, attention_mask, label_smoothing)
+            read = attention_mask.sum()
         nll = marginalization.NLL[marginal](prior, token_lp, batch.target_mask)
-        return RagOutput(nll, prior.detach(), rows, attention_mask.sum(), rows.shape[1])
+        return RagOutput(nll, prior.detach(), rows, read, rows.shape[1])
+
+    def find(self, batch: RagBatch, retriever_gradient: str = "exact") -> tuple[Tensor, Tensor]:
+        """Each question's passages and their scores: [B, K] and [B, K]."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and retriever_gradient != "none"):
+            return self.retrieve(self.encode_questions(batch), batch.hits, batch.asked)
 
     def _forward_together(
         self, batch: RagBatch, rows: Tensor, prior: Tensor, retriever_gradient: str, label_smoothing: float
@@ -264,14 +276,22 @@ class Rag(nn.Module):
         questions = len(batch.targets)
         n_docs = len(input_ids) // questions
         if self.packed:
-            repeated = [part.repeat_interleave(n_docs, 0) for part in (batch.targets, batch.target_mask)]
-            with self.working.computing() if self.working else nullcontext():
-                scored = self.packed.token_log_probs(input_ids, attention_mask, *repeated, label_smoothing)
-            return scored.unflatten(0, (questions, n_docs))
+            packed = self.pack(batch, input_ids, attention_mask)
+            return self._packed_log_probs(packed, label_smoothing).unflatten(0, (questions, n_docs))
         contexts = self.generator.encode(input_ids, attention_mask)
         targets = batch.targets.repeat_interleave(n_docs, 0)
         scored = padded_log_probs(self.generator, contexts, targets, label_smoothing)
         return scored.unflatten(0, (questions, n_docs))
+
+    def pack(self, batch: RagBatch, input_ids: Tensor, attention_mask: Tensor) -> PackedAnswers:
+        """The batch's targets under contexts [B * K, L] without padding, for a packed likelihood."""
+        n_docs = len(input_ids) // len(batch.targets)
+        repeated = [part.repeat_interleave(n_docs, 0) for part in (batch.targets, batch.target_mask)]
+        return self.packed.pack(input_ids, attention_mask, *repeated)
+
+    def _packed_log_probs(self, packed: PackedAnswers, label_smoothing: float) -> Tensor:
+        with self.working.computing() if self.working else nullcontext():
+            return self.packed.score(packed, label_smoothing)
 
 
 def combined(weights: Weights, dense: Tensor, lexical: Tensor | None, crossed: Tensor | None) -> Tensor:

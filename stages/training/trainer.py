@@ -18,6 +18,7 @@ from stages.compute.out_of_memory import free_memory, halved, is_out_of_memory, 
 from stages.corpus.epochs import epoch_shares
 from stages.machine.signals import Interrupted
 from stages.params import Recipe, Train
+from stages.rag.ahead import finds_ahead, found_ahead
 from stages.rag.batches import Examples
 from stages.rag.model import Rag
 from stages.storage import checkpoints as checkpointing
@@ -32,6 +33,7 @@ from stages.training.skipped_steps import Skips, step_unless
 from stages.training.throughput import DeviceGaps, gpu_use_of_ranks, matrix_rate, training_flop, weights_by_tokens
 from stages.training.validation import VALIDATION_BATCH, validation_loss
 
+FOUND_AHEAD = 64  # questions encoded at once for the forward passes of an update: little beside a generator's contexts
 SHOWN = {"loss": "train_loss_per_sequence", "val_loss": "val_loss_per_sequence"}  # in the bar
 
 
@@ -202,19 +204,22 @@ class Trainer:
         drawn = self.settings.answers == "drawn"
         shares = epoch_shares(len(training), self.seed, update.epoch) if drawn else None
         while True:
-            rows: list[int] = []
+            passes, groups = [], []
             failed = size = ranks.NOBODY
             try:
                 passes = split(self._share(update), self.progress.micro_batch)
                 missing = fsdp.missing_passes(self.rag, len(passes))
-                for rows in passes:
-                    self._accumulate(training, rows, shares, update.divisor, window)
+                groups = self._together(passes)
+                for group in groups:
+                    self._accumulate(training, group, shares, update.divisor, window)
                 for _ in range(missing):
-                    self._accumulate(training, update.rows[:1], shares, math.inf, self._window())
+                    self._accumulate(training, [update.rows[:1]], shares, math.inf, self._window())
             except (RuntimeError, MemoryError) as error:
                 if self.sharded or not (self.settings.halve_on_oom and is_out_of_memory(error)):
                     raise
-                failed, size = len(rows), halved(len(rows))
+                failed = max(map(len, passes))
+                # A single question may fit where others' vectors are not kept beside it.
+                size = halved(failed) if failed > 1 or len(groups) == len(passes) else 1
             self.rag.index.finish_searches()
             failed, size = ranks.least([failed, size])
             if size == ranks.NOBODY:
@@ -245,25 +250,46 @@ class Trainer:
         step_unless(bad, self.optimizer, scaled=self.accelerator.scaler is not None)
         self.skips.note(self.progress.step + 1, rows, bad, self.progress)
 
+    def _together(self, passes: list[list[int]]) -> list[list[list[int]]]:
+        """The forward passes in groups whose questions are encoded and searched for at once, FOUND_AHEAD at most.
+
+        Not where memory ran out, nor where the recipe forwards one question at a time on purpose.
+        """
+        each = self.recipe.reading == "each" and self.recipe.batching == "true_batches"
+        ahead = each and finds_ahead(self.rag) and self.progress.micro_batch is None
+        size = max(1, FOUND_AHEAD // max(map(len, passes), default=1)) if ahead else 1
+        return [passes[first : first + size] for first in range(0, len(passes), size)]
+
     def _accumulate(
-        self, training: Examples, rows: list[int], shares: torch.Tensor | None, divisor: float, window: Window
+        self, training: Examples, passes: list[list[int]], shares: torch.Tensor | None, divisor: float, window: Window
     ) -> None:
+        """Adds the gradients of these forward passes, of which all but one want `finds_ahead`."""
         if window.waits.opened is None:
             window.waits.open()
-        batch = self.rag.batch(training, rows, shares)
+        batch = self.rag.batch(training, [row for rows in passes for row in rows], shares)
         window.waits.close()
-        output = self.model(
-            batch,
-            marginal=self.recipe.marginalization,
-            retriever_gradient=self.recipe.retriever_gradient,
-            label_smoothing=self.settings.label_smoothing,
-            reading=self.recipe.reading,
-        )
-        loss = output.nll.sum()
-        if output.retriever_loss is not None:
-            loss = loss + output.retriever_loss.sum()
-        self.accelerator.backward(loss / divisor)
-        window.add(batch, output)
+        scores = cut = None
+        parts = [(batch, None)]
+        if len(passes) > 1:
+            with self.accelerator.autocast():
+                sizes = [len(rows) for rows in passes]
+                scores, cut, parts = found_ahead(self.rag, batch, sizes, self.recipe.retriever_gradient)
+        for part, found in parts:
+            output = self.model(
+                part,
+                marginal=self.recipe.marginalization,
+                retriever_gradient=self.recipe.retriever_gradient,
+                label_smoothing=self.settings.label_smoothing,
+                reading=self.recipe.reading,
+                found=found,
+            )
+            loss = output.nll.sum()
+            if output.retriever_loss is not None:
+                loss = loss + output.retriever_loss.sum()
+            self.accelerator.backward(loss / divisor)
+            window.add(part, output)
+        if cut is not None and cut.grad is not None:
+            scores.backward(cut.grad)
         window.waits.open()
 
     def _summary(self, window: Window, norms: dict[str, torch.Tensor]) -> dict[str, float]:

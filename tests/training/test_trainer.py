@@ -293,8 +293,8 @@ def test_questions_without_passages_are_trained_on_counted_and_skip_no_step():
     trainer = run(rag=rag)
     assert trainer.progress.skipped_steps == 0
     points = [point for point in trainer.progress.history if "train_loss_per_sequence" in point]
-    # Steps of two forward passes, each of which loses its first question; at the epoch's end of a single one.
-    assert points[0]["questions_without_passages"] == 2
+    # A step's passes search together, and its first question is lost.
+    assert points[0]["questions_without_passages"] == 1
     assert trainer.progress.questions_without_passages == sum(p["questions_without_passages"] for p in points)
     assert all(torch.isfinite(torch.tensor(point["train_loss_per_sequence"])) for point in points)
     metrics = summary(trainer.progress, trainer.settings, keeps_best=True)
@@ -358,3 +358,19 @@ def test_a_training_without_a_finite_validation_goes_on_from_its_checkpoints(mon
         run(folder=tmp_path / "killed", on_point=stop)
     assert Checkpoints(tmp_path / "killed", 2).latest() is not None
     assert_same_weights(uninterrupted, run(folder=tmp_path / "killed"), 0)
+
+
+@pytest.mark.parametrize("recipe", [NEW, NEW.model_copy(update={"marginalization": "average"}),
+                                    NEW.model_copy(update={"retriever_gradient": "none"})])  # fmt: skip
+def test_questions_encoded_at_once_for_all_passes_give_the_same_training(sgd, monkeypatch, recipe):
+    settings = SGD_STEP | {"batch_size": 2, "gradient_accumulation_steps": 4}
+    rag, calls = tiny_rag(), []
+    rag.question_encoder.register_forward_hook(lambda *call: calls.append(rag.training))
+    ahead = run(recipe, rag=rag, **settings)
+    assert calls.count(True) == 2  # one a step
+    monkeypatch.setattr("stages.training.trainer.FOUND_AHEAD", 1)
+    each = run(recipe, rag=(rag := tiny_rag()), **settings)
+    assert_same_weights(ahead, each, 1e-6)
+    for point, other in zip(ahead.progress.history, each.progress.history, strict=True):
+        for name in ("train_loss_per_sequence", "gradient_norm", "prior_entropy", "question_encoder_gradient_norm"):
+            assert point.get(name) == pytest.approx(other.get(name), rel=1e-5, abs=1e-9), name
