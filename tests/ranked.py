@@ -94,10 +94,10 @@ def out_of_memory(folder: Path, **settings):
 
     original = trainer.Trainer._accumulate
 
-    def limited(self, examples, rows, *rest):
-        if ranks.rank() == ranks.world() - 1 and len(rows) > 1:
+    def limited(self, examples, passes, *rest):
+        if ranks.rank() == ranks.world() - 1 and max(map(len, passes)) > 1:
             raise torch.OutOfMemoryError("out of memory, says the test")
-        original(self, examples, rows, *rest)
+        original(self, examples, passes, *rest)
 
     trainer.Trainer._accumulate = limited
     return train(folder, **settings)
@@ -110,9 +110,9 @@ def not_finite(folder: Path, **settings):
 
     original = trainer.Trainer._accumulate
 
-    def poisoned(self, examples, rows, shares, divisor, window):
+    def poisoned(self, examples, passes, shares, divisor, window):
         bad = ranks.is_main() and self.progress.step == 1
-        original(self, examples, rows, shares, float("nan") if bad else divisor, window)
+        original(self, examples, passes, shares, float("nan") if bad else divisor, window)
 
     trainer.Trainer._accumulate = poisoned
     return train(folder, **settings)

@@ -132,9 +132,10 @@ def test_old_recipe_forwards_one_question_at_a_time(monkeypatch):
     sizes = []
     original = Trainer._accumulate
 
-    def counted(self, training, rows, *rest):
-        sizes.append(len(rows))
-        original(self, training, rows, *rest)
+    def counted(self, training, passes, *rest):
+        sizes.extend(map(len, passes))
+        assert len(passes) == 1  # nor are questions encoded together
+        original(self, training, passes, *rest)
 
     monkeypatch.setattr(Trainer, "_accumulate", counted)
     run(OLD, batch_size=8, gradient_accumulation_steps=4, max_steps=2)
