@@ -150,6 +150,36 @@ def test_fewer_hits_than_hard_negatives_are_refused(tmp_path):
         load(tmp_path, yaml.safe_dump(values))
 
 
+@pytest.mark.parametrize(
+    ("recipe", "changes", "says"),
+    [
+        ("new", {"reading": "together"}, "recipes.new.retriever_gradient: exact is the marginal's.*use emdr2, perplexity"),
+        ("new", {"retriever_gradient": "emdr2"}, "recipes.new.retriever_gradient: emdr2 is a loss.*use exact"),
+        ("new", {"reading": "together", "retriever_gradient": "emdr2", "marginalization": "token"},
+         "recipes.new.marginalization: token.*use sequence"),
+        ("old", {"reading": "together"}, "recipes.old.marginalization: average.*use sequence"),
+        ("new", {"reading": "all"}, "recipes.new.reading:.*'each' or 'together'.*'all'"),
+    ],
+)  # fmt: skip
+def test_switches_without_a_meaning_together_are_one_line(tmp_path, recipe, changes, says):
+    values = yaml.safe_load(SHIPPED)
+    values["train"]["recipe"] = recipe
+    values["recipes"][recipe] |= changes
+    with pytest.raises(ValueError, match=says) as error:
+        load(tmp_path, yaml.safe_dump(values))
+    assert "\n" not in str(error.value)
+
+
+def test_reading_together_without_a_gradient_for_the_encoders_cannot_refresh_the_index(tmp_path):
+    values = yaml.safe_load(SHIPPED)
+    values["train"]["index_refresh_steps"] = 20
+    values["recipes"]["new"] |= {"reading": "together", "retriever_gradient": "perplexity_distillation"}
+    assert load(tmp_path, yaml.safe_dump(values)).recipe.reading == "together"
+    values["recipes"]["new"]["retriever_gradient"] = "none"
+    with pytest.raises(ValueError, match="index_refresh_steps: 20.*none leaves .*with reading: together, emdr2"):
+        load(tmp_path, yaml.safe_dump(values))
+
+
 def test_a_recipe_of_ones_own(tmp_path):
     values = yaml.safe_load(SHIPPED)
     values["recipes"]["mine"] = values["recipes"]["new"] | {"marginalization": "token"}

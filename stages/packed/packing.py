@@ -68,13 +68,18 @@ class Packing:
 
         Beside it which token each token of these rows is [times * tokens], and where each token's copies are [tokens, times].
         """
-        lengths = (self.offsets[1:] - self.offsets[:-1]).repeat_interleave(times)
-        copies = Packing.of_lengths(lengths, times * len(self.index), self.width)
-        row = torch.div(copies.index, times * self.width, rounding_mode="floor")
-        of = self.offsets[row] + copies.positions
-        row = torch.div(self.index, self.width, rounding_mode="floor")
-        first = row[:, None] * times + torch.arange(times, device=row.device)
-        return copies, of, copies.offsets[first] + self.positions[:, None]
+        number, width = torch.arange(times, device=self.index.device), self.width
+        lengths, row = self.offsets[1:] - self.offsets[:-1], torch.div(self.index, width, rounding_mode="floor")
+        starts = times * self.offsets[:-1, None] + number * lengths[:, None]  # of each row's copies
+        places = starts[row] + self.positions[:, None]
+        # By scattering alone, which a CUDA graph can record.
+        of, copied = torch.empty((2, places.numel()), dtype=torch.long, device=row.device)
+        tokens = torch.arange(len(row), device=row.device)
+        of[places.flatten()] = tokens[:, None].expand_as(places).flatten()
+        copied[places.flatten()] = (times * row[:, None] + number).flatten()
+        positions = self.positions[of]
+        offsets = torch.cat([starts.flatten(), times * self.offsets[-1:]]).to(torch.int32)
+        return Packing(copied * width + positions, positions, offsets, times * self.rows, width), of, places
 
     def widened(self, width: int) -> "Packing":
         """The same tokens of rows [R, width]."""

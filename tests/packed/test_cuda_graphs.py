@@ -63,11 +63,11 @@ def test_few_sizes_occur():
     assert len({(tokens, answers) for _, tokens, _, answers in sizes}) < 20
 
 
-def on_cuda(family, graphs):
+def on_cuda(family, graphs, reading="each"):
     rag = rag_of(family).to("cuda")
     rag.passages = rag.passages.to(torch.device("cuda"))
     if graphs:
-        rag.record_graphs()
+        rag.record_graphs(reading)
     return rag
 
 
@@ -90,6 +90,31 @@ def test_replays_give_the_loss_and_the_gradients_of_the_present_weights(family, 
             torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
             assert gradients.keys() == own.keys() and distance(own, gradients) < (0.05 if half else 1e-5)
     assert len(graphs.packed.graphs.graphs) == 2 and not graphs.packed.graphs.failed
+
+
+@on_gpu
+@pytest.mark.parametrize("gradient", ["emdr2", "none"])
+@pytest.mark.parametrize("half", [False, True])
+def test_replays_of_passages_read_together(gradient, half):
+    plain, graphs = (on_cuda("bart", replayed, "together") for replayed in (False, True))
+    for scale in (1.0, 1.5):
+        results = []
+        for rag in (plain, graphs):
+            for parameter in rag.generator_model.parameters():
+                parameter.data.mul_(scale)
+            rag.zero_grad()
+            batch = rag.batch(rag.examples(QUESTIONS, ANSWERS), EVERYTHING)
+            with torch.autocast("cuda", torch.bfloat16, enabled=half):
+                output = rag(batch, marginal="sequence", reading="together", retriever_gradient=gradient)
+            loss = output.nll if output.retriever_loss is None else output.nll + output.retriever_loss
+            loss.sum().backward()
+            found = {name: p.grad.clone() for name, p in rag.named_parameters() if p.grad is not None}
+            results.append((loss.detach(), found))
+        (expected, gradients), (found, own) = results
+        tolerance = 0.02 if half else 1e-5
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+        assert gradients.keys() == own.keys() and distance(own, gradients) < (0.05 if half else 1e-5)
+    assert len(graphs.packed.graphs.graphs) == 1 and not graphs.packed.graphs.failed
 
 
 @on_gpu

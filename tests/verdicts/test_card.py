@@ -26,6 +26,15 @@ def test_a_card_names_recipe_data_scores_and_how_to_load():
     assert "recall@5" not in card, "not measured"
 
 
+def test_a_card_says_how_passages_are_read():
+    together = TRAINED | {"params": TRAINED["params"] | {"recipe.reading": "together"}}
+    for trained, said in (
+        (TRAINED, "marginalising over retrieved"),
+        (together, "reads all retrieved passages of a question"),
+    ):
+        assert said in model_card("me/rag", trained, SCORES, ("parts", "BartForConditionalGeneration"), whole=False)
+
+
 def test_a_card_without_scores_says_so():
     card = model_card("rag", TRAINED, {}, ("parts", "LlamaForCausalLM"), whole=False)
     assert "Not evaluated" in card and "EM" not in card and "AnsweringModel" not in card
