@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.compare import SWITCHES, draw, old_settings, summarise, value_of, verdict
+from stages.compare import SWITCHES, ablate, draw, old_settings, summarise, value_of, verdict
 from stages.params import Recipe, load_params
 from tests.test_pipeline import mlflow_of, project, run  # noqa: F401
 
@@ -17,9 +17,18 @@ def runs_of(folder: Path) -> dict:
 
 def test_every_switch_of_a_recipe_is_in_the_ablation():
     params = load_params()
-    assert set(SWITCHES) == set(Recipe.model_fields)
+    assert {*SWITCHES, "reading"} == set(Recipe.model_fields)  # in which the two do not differ
     assert all(getattr(params.recipes["new"], name) != getattr(params.recipes["old"], name) for name in SWITCHES)
     assert value_of(False) == "false" and "train.recipe=old" in old_settings(3)
+
+
+def test_the_ablation_of_a_recipe_that_reads_together_is_refused(monkeypatch):
+    params = load_params()
+    together = {"reading": "together", "retriever_gradient": "emdr2"}
+    recipes = params.recipes | {"new": params.recipes["new"].model_copy(update=together)}
+    monkeypatch.setattr("stages.compare.load_params", lambda: params.model_copy(update={"recipes": recipes}))
+    with pytest.raises(ValueError, match="recipes.new.reading: together has no marginal .*use each"):
+        ablate(2, 2, 1, 1)
 
 
 def rows_of(*ems: float) -> list[dict]:
