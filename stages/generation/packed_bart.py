@@ -83,39 +83,31 @@ class PackedBart:
         """
         return self.score(self.pack(input_ids, attention_mask, targets, target_mask), label_smoothing)
 
-    def pack(self, input_ids: Tensor, attention_mask: Tensor, targets: Tensor, target_mask: Tensor) -> PackedAnswers:
-        """What `score` reads. The host waits for the device here, and nowhere else."""
-        tokens, answers = Packing.of(attention_mask), Packing.of(target_mask)
-        read = F.pad(targets[:, :-1], (1, 0), value=self.prefix)
-        return PackedAnswers(tokens.pack(input_ids), tokens, answers.pack(read), answers.pack(targets), answers)
+    def pack(
+        self, input_ids: Tensor, attention_mask: Tensor, targets: Tensor, target_mask: Tensor, together: int = 1,
+        alone: bool = False,
+    ) -> PackedAnswers:  # fmt: skip
+        """What `score` reads. The host waits for the device here, and nowhere else.
 
-    def score(self, packed: PackedAnswers, label_smoothing: float = 0.0) -> Tensor:
-        """`token_log_probs` of what was packed before."""
-        run = self.graphs or self.log_probs
-        return packed.answers.unpack(run(packed, label_smoothing))
-
-    def joint_log_probs(
-        self, input_ids: Tensor, attention_mask: Tensor, targets: Tensor, target_mask: Tensor,
-        label_smoothing: float = 0.0, alone: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """log p(target) [B, T] in fp32, each answer reading its K encoded contexts as one (Izacard & Grave 2021).
-
-        input_ids and attention_mask [B * K, L]: the B answers' contexts; a row without a real token is left out. With
-        `alone` also log p(target) [B, K, T] under each context alone, without label smoothing and without gradient.
+        Read `together`, each answer has that many contexts side by side, of which those without a real token are left out.
         """
         tokens, answers = Packing.of(attention_mask), Packing.of(target_mask)
         read = F.pad(targets[:, :-1], (1, 0), value=self.prefix)
-        packed = PackedAnswers(
-            tokens.pack(input_ids), tokens, answers.pack(read), answers.pack(targets), answers,
-            len(input_ids) // len(targets), alone,
-        )  # fmt: skip
+        return PackedAnswers(
+            tokens.pack(input_ids), tokens, answers.pack(read), answers.pack(targets), answers, together, alone
+        )
+
+    def score(self, packed: PackedAnswers, label_smoothing: float = 0.0) -> Tensor:
+        """`token_log_probs` of what was packed before; [R, T, 1 + K] where `log_probs` gives columns."""
         run = self.graphs or self.log_probs
-        scored = answers.unpack(run(packed, label_smoothing))
-        return (scored[..., 0], scored[..., 1:].detach().transpose(1, 2)) if alone else (scored, None)
+        return packed.answers.unpack(run(packed, label_smoothing))
 
     def log_probs(self, packed: PackedAnswers, label_smoothing: float) -> Tensor:
-        """log p [answers] of each answer token, in fp32; with `packed.alone` beside it those under each context alone:
-        [answers, 1 + K]."""
+        """log p [answers] of each answer token, in fp32.
+
+        Of K contexts that are read together the decoder attends to all real tokens (Izacard & Grave 2021). With `packed.alone`
+        log p under each of them by itself, without label smoothing and without gradient, stands beside it: [answers, 1 + K].
+        """
         contexts = self.contexts(packed.ids, packed.tokens)
         read, targets, answers = packed.read, packed.targets, packed.answers
         asked = packed.tokens.joined(packed.together) if packed.together > 1 else packed.tokens

@@ -240,7 +240,7 @@ class Rag(nn.Module):
         if reading == "together":
             return self._forward_together(batch, rows, prior, retriever_gradient, label_smoothing)
         if found:
-            token_lp = self._packed_log_probs(found.packed, label_smoothing).unflatten(0, rows.shape)
+            token_lp = self.packed_log_probs(found.packed, label_smoothing).unflatten(0, rows.shape)
             read = found.context_tokens
         else:
             input_ids, attention_mask = self.contexts(batch, rows)
@@ -277,7 +277,7 @@ class Rag(nn.Module):
         n_docs = len(input_ids) // questions
         if self.packed:
             packed = self.pack(batch, input_ids, attention_mask)
-            return self._packed_log_probs(packed, label_smoothing).unflatten(0, (questions, n_docs))
+            return self.packed_log_probs(packed, label_smoothing).unflatten(0, (questions, n_docs))
         contexts = self.generator.encode(input_ids, attention_mask)
         targets = batch.targets.repeat_interleave(n_docs, 0)
         scored = padded_log_probs(self.generator, contexts, targets, label_smoothing)
@@ -289,7 +289,8 @@ class Rag(nn.Module):
         repeated = [part.repeat_interleave(n_docs, 0) for part in (batch.targets, batch.target_mask)]
         return self.packed.pack(input_ids, attention_mask, *repeated)
 
-    def _packed_log_probs(self, packed: PackedAnswers, label_smoothing: float) -> Tensor:
+    def packed_log_probs(self, packed: PackedAnswers, label_smoothing: float) -> Tensor:
+        """What the packed likelihood says of them, by the working copy where there is one."""
         with self.working.computing() if self.working else nullcontext():
             return self.packed.score(packed, label_smoothing)
 

@@ -37,8 +37,11 @@ def read_together(
     input_ids, attention_mask = rag.contexts(batch, rows)
     read = attention_mask * read_at_all(rows).flatten()[:, None]
     if rag.packed:
-        both = rag.packed.joint_log_probs(input_ids, read, batch.targets, batch.target_mask, label_smoothing, alone)
-        return Together(*both, read.sum())
+        packed = rag.packed.pack(input_ids, read, batch.targets, batch.target_mask, rows.shape[1], alone)
+        scored = rag.packed_log_probs(packed, label_smoothing)
+        if not alone:
+            return Together(scored, None, read.sum())
+        return Together(scored[..., 0], scored[..., 1:].detach().transpose(1, 2), read.sum())
     contexts = rag.generator.encode(input_ids, attention_mask)
     joint = padded_log_probs(
         rag.generator, Contexts(contexts.states, read).joined(rows.shape[1]), batch.targets, label_smoothing

@@ -198,6 +198,20 @@ def test_packed_gradients_are_the_padded_ones_in_bf16_too():
     assert distance(results["bart", True], results["bart", False]) < 2 * noise < 0.2
 
 
+def test_a_working_copy_computes_it_too():
+    """In bf16 without autocast: one passage read together is, to the bit, one passage read."""
+    rag = tiny_rag(n_docs=1)
+    rag.work_in(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        each, together = rag(batch_of(rag), marginal="sequence"), forward(rag)
+        assert torch.equal(each.nll, together.nll)
+        loss = together.nll + together.retriever_loss
+    own = gradients(rag, loss)
+    expected = gradients(rag, each.nll)
+    assert all(value.dtype == torch.float for value in own.values()) and own.keys() == expected.keys()
+    assert distance(own, expected) < 1e-6
+
+
 @pytest.mark.parametrize("rows", [EVERYTHING, [3], [0, 4, 5]])
 def test_what_fills_a_graphs_size_up_changes_neither_losses_nor_gradients(rows):
     rag = tiny_rag()
