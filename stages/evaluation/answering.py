@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,7 +60,8 @@ def answer(
 ) -> Iterator[Answer]:  # fmt: skip
     """Answers of the questions `asked` (None: all N), each from its passages `rows` [N, K] and their prior.
 
-    A row of -1 is no passage, its context the question alone.
+    A row of -1 is no passage, its context the question alone. Where the model reads together (rag.reading), so are several
+    passages of a question.
 
     Questions are decoded settings.batch_size at once, more where they have fewer passages than usual; a batch that does
     not fit into memory in halves.
@@ -73,10 +75,13 @@ def answer(
         batch = rag.batch(examples, chosen)
         input_ids, attention_mask = rag.contexts(batch, rows[chosen])
         shape = (len(chosen), rows.shape[1], -1)
+        # A single passage read together is that passage alone.
+        together = rag.reading == "together" and rows.shape[1] > 1
+        joined = partial(rag.joined, batch, rows[chosen]) if together else None
         return generate(
             rag.generator, input_ids.view(shape), attention_mask.view(shape), log_prior[chosen],
             num_beams=settings.num_beams, max_answer_tokens=rag.lengths.answer_tokens,
-            decoding=settings.decoding, marginalization=decoding_marginal, merge=True,
+            decoding=settings.decoding, marginalization=decoding_marginal, merge=True, joined=joined,
         )  # fmt: skip
 
     as_many_contexts = settings.batch_size * max(1, rag.n_docs // rows.shape[1])

@@ -1,8 +1,10 @@
-"""Answers from a generator and retrieved passages: RAG-Sequence and RAG-Token, batched over questions.
+"""Answers from a generator and retrieved passages: RAG-Sequence, RAG-Token and all passages read together, batched over
+questions.
 
 Lewis et al. 2020 (arXiv:2005.11401), section 2.5. For a question x, passages z and an answer y with its EOS,
 RAG-Sequence maximises log sum_z p(z|x) prod_t p(y_t | y_<t, x, z),
 RAG-Token maximises sum_t log sum_z p(z|x) p(y_t | y_<t, x, z).
+Read together (Izacard & Grave 2021, arXiv:2007.01282) it is prod_t p(y_t | y_<t, x, z_1 ... z_K), of one search a question.
 Scores are plain sums of log-probabilities: there is no length penalty. Candidates that read the same once normalised
 ("the Nile", "Nile") are one answer, if wanted, whose probability is the sum of theirs.
 """
@@ -11,6 +13,7 @@ import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,8 +33,8 @@ class Answer:
     """One generated answer; where candidates were merged, the likeliest of them with the probability of all.
 
     `log_prob` is what the answer was chosen by: its marginal log p(y|x), in fast decoding without the
-    passages that did not generate it. `doc_log_probs[z]` is log p(z|x) + log p(y|x,z), so its softmax is the
-    posterior of the passages; -inf for a missing passage and, in fast decoding, for one that did not generate
+    passages that did not generate it; where the passages are read together, log p(y|x, all of them). `doc_log_probs[z]` is log p(z|x) + log p(y|x,z), so its softmax is the
+    posterior of the passages, also of passages read together, each then asked alone; -inf for a missing passage and, in fast decoding, for one that did not generate
     the answer. `finished` is False where the answer fills max_answer_tokens: EOS was forced and the text may
     be cut off.
     """
@@ -55,6 +58,7 @@ def generate(
     decoding: str,
     marginalization: str,
     merge: bool = False,
+    joined: Callable[[Any], Any] | None = None,
 ) -> list[Answer]:
     """The best answer to each of B questions.
 
@@ -66,6 +70,10 @@ def generate(
     scores each under every passage; "fast" lets a passage speak only for what it generated itself.
     `marginalization` "token": one beam search per question over the marginal distribution of the next token,
     where `decoding` makes no difference.
+
+    `joined` makes of the B * K contexts, as the generator encoded them, B in which a question's passages are read
+    together. Then there is one beam search a question, over these, and neither `decoding` nor `marginalization` makes a
+    difference; the answer alone is scored under each passage by itself.
 
     `merge`: candidates of the same normalised text are one answer; so is each without, and each of which nothing is left
     when normalised.
@@ -81,6 +89,10 @@ def generate(
     assert all(max(prior) > -math.inf for prior in priors), "a question without any context"
 
     contexts = generator.encode(input_ids.flatten(0, 1), attention_mask.flatten(0, 1))
+    one_search = joined is not None or marginalization == "token"
+    if joined:
+        # Before the passages alone are read, so that the device never holds the keys and values of both.
+        beams = _search_together(generator, joined(contexts), num_beams, max_answer_tokens)
     state = start(generator, contexts)
     first = state.first()
 
@@ -88,8 +100,9 @@ def generate(
     def answer_of(tokens: tuple[int, ...]) -> Hashable:
         return (merge and normalize_answer(generator.decode(list(tokens[:-1])))) or tokens
 
-    if marginalization == "token":
-        beams = _beam_search(generator, state, first, log_prior, num_beams, max_answer_tokens)
+    if one_search:
+        if not joined:
+            beams = _beam_search(generator, state, first, log_prior, num_beams, max_answer_tokens)
         merged = [_merged(found, answer_of) for found in beams]
         winners = [max(scores, key=scores.get) for scores in merged]
         log_likelihoods = [
@@ -119,7 +132,7 @@ def generate(
             tokens: [-math.inf if p == -math.inf or q is None else p + q for p, q in zip(prior, per_doc, strict=True)]
             for tokens, per_doc in log_likelihoods[question].items()
         }
-        if marginalization == "token":
+        if one_search:
             scores = {tokens: beams[question][tokens] for tokens in joint}
         else:
             scores = {tokens: _logsumexp(per_doc) for tokens, per_doc in joint.items()}
@@ -139,6 +152,13 @@ def _merged(scores: dict[tuple[int, ...], float], answer_of: Callable) -> dict[H
     for tokens, score in scores.items():
         found.setdefault(answer_of(tokens), []).append(score)
     return {answer: _logsumexp(values) for answer, values in found.items()}
+
+
+def _search_together(generator: Generator, contexts: Any, num_beams: int, max_answer_tokens: int) -> list[dict]:
+    """`_beam_search` with a question's only context for its one document."""
+    state = start(generator, contexts)
+    first = state.first()
+    return _beam_search(generator, state, first, first.new_zeros(len(first), 1), num_beams, max_answer_tokens)
 
 
 def _beam_search(

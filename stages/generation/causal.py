@@ -1,10 +1,11 @@
 """Decoder-only generators: Llama, SmolLM2, Qwen, GPT-2 and other models of AutoModelForCausalLM.
 
 The context is a prompt and the answer its continuation: `title / text`, `Question: ...`, `Answer:` on a line each, then
-" answer" and EOS. Prompt tokens are read, never scored. The interface is described in generator.py.
+" answer" and EOS. Where several passages are read together they stand in one prompt in the order of the prior, an empty
+line between them, and positions count through. Prompt tokens are read, never scored. The interface is described in generator.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import BoolTensor, LongTensor, Tensor
 from stages.generation.tokenizer import decoded, padded_targets, token_rows
 from stages.generation.vocabulary import logits_behind
 
-QUESTION, CUE = "\nQuestion: ", "\nAnswer:"
+SEPARATOR, QUESTION, CUE = "\n\n", "\nQuestion: ", "\nAnswer:"
 CHAT_FLAG = "rag_chat_template"  # in the model's config.json, so that a checkpoint knows how it was prompted
 
 
@@ -49,6 +50,7 @@ class Causal:
     max_positions: int | None
     # Whether parts may be run past the whole model's forward pass, which FSDP does not allow.
     past_modules: bool = True
+    passage_separator: list[int] = field(default_factory=list)
 
     def question_tokens(self, questions: list[str]) -> list[list[int]]:
         """Token ids of the question's line without special tokens: they follow the passage's."""
@@ -65,9 +67,9 @@ class Causal:
         """The text of one answer."""
         return decoded(self.tokenizer, token_ids)
 
-    def positions_needed(self, context_tokens: int, answer_tokens: int) -> int:
-        """Positions that the model must have for contexts and answers of these lengths."""
-        return context_tokens + answer_tokens
+    def positions_needed(self, context_tokens: int, answer_tokens: int, together: int = 1) -> int:
+        """Positions that the model must have for contexts and answers of these lengths, `together` passages in one."""
+        return together * context_tokens + answer_tokens
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Prompts:
         """The contexts [R, L], not read yet: training reads them together with the answers, decoding in `start`."""
@@ -146,7 +148,10 @@ def causal_from(model, tokenizer, chat_template: bool = False) -> Causal:
     # Padding is never attended to and never scored: any token will do.
     pad = eos if pad is None or pad >= model.get_input_embeddings().num_embeddings else pad
     limit = getattr(config, "max_position_embeddings", None)
-    return Causal(model, tokenizer, eos, pad, prefix, suffix, chat_template, limit)
+    [separator] = token_rows(tokenizer, [SEPARATOR])
+    return Causal(
+        model, tokenizer, eos, pad, prefix, suffix, chat_template, limit, passage_separator=separator
+    )
 
 
 def _chat_frame(tokenizer) -> tuple[list[int], list[int]]:

@@ -57,8 +57,8 @@ class Generator(Protocol):
     def decode(self, token_ids: list[int]) -> str:
         """The text of one answer, without special tokens and surrounding blanks."""
 
-    def positions_needed(self, context_tokens: int, answer_tokens: int) -> int:
-        """Positions that the model must have for contexts and answers of these lengths."""
+    def positions_needed(self, context_tokens: int, answer_tokens: int, together: int = 1) -> int:
+        """Positions that the model must have for contexts and answers of these lengths, `together` passages read at once."""
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         """Contexts [R, L], padded on the right; `attention_mask` is 0 at padding."""

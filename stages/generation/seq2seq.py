@@ -75,8 +75,8 @@ class Seq2Seq:
         """The text of one answer."""
         return decoded(self.tokenizer, token_ids)
 
-    def positions_needed(self, context_tokens: int, answer_tokens: int) -> int:
-        """Positions that the model must have for contexts and answers of these lengths."""
+    def positions_needed(self, context_tokens: int, answer_tokens: int, together: int = 1) -> int:
+        """Positions that the model must have for contexts and answers of these lengths, however many are read together."""
         return max(context_tokens, answer_tokens + len(self.decoder_prefix))
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Contexts:
