@@ -64,7 +64,15 @@ def main() -> None:
 
     golds = gold_rows(questions, passages)
     metrics, predictions = evaluate(
-        rag, questions, passages, golds, settings, params.recipe.marginalization, hits, params.data.language
+        rag,
+        questions,
+        passages,
+        golds,
+        settings,
+        params.recipe.marginalization,
+        hits,
+        params.data.language,
+        params.recipe.reading,
     )
     verdicts = evaluation_signs(metrics, params.signs)
 

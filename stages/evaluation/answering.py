@@ -56,12 +56,12 @@ def retrieve(rag: Rag, examples: Examples, depth: int, batch_size: int) -> Found
 
 def answer(
     rag: Rag, examples: Examples, rows: Tensor, log_prior: Tensor, settings: Evaluate, marginal: str, progress: str,
-    asked: list[int] | None = None,
+    asked: list[int] | None = None, reading: str = "each",
 ) -> Iterator[Answer]:  # fmt: skip
     """Answers of the questions `asked` (None: all N), each from its passages `rows` [N, K] and their prior.
 
-    A row of -1 is no passage, its context the question alone. Where the model reads together (rag.reading), so are several
-    passages of a question.
+    A row of -1 is no passage, its context the question alone. With `reading` "together" all of a
+    question's are read at once, and `marginal` is not looked at.
 
     Questions are decoded settings.batch_size at once, more where they have fewer passages than usual; a batch that does
     not fit into memory in halves.
@@ -76,7 +76,7 @@ def answer(
         input_ids, attention_mask = rag.contexts(batch, rows[chosen])
         shape = (len(chosen), rows.shape[1], -1)
         # A single passage read together is that passage alone.
-        together = rag.reading == "together" and rows.shape[1] > 1
+        together = reading == "together" and rows.shape[1] > 1
         joined = partial(rag.joined, batch, rows[chosen]) if together else None
         return generate(
             rag.generator, input_ids.view(shape), attention_mask.view(shape), log_prior[chosen],
@@ -100,6 +100,7 @@ def evaluate(
     marginal: str,
     hits: Hits | None = None,
     language: str = "en",
+    reading: str = "each",
 ) -> tuple[dict[str, float], list[dict]]:
     """Scores in percent over all questions, and a row a question for the predictions file.
 
@@ -119,7 +120,7 @@ def evaluate(
     found = retrieve(rag, examples, depth, settings.batch_size)
     rows = found.rows[:, : rag.n_docs]
     prior = marginalization.log_prior(found.scores[:, : rag.n_docs])
-    answers = list(answer(rag, examples, rows, prior, settings, marginal, "answer"))
+    answers = list(answer(rag, examples, rows, prior, settings, marginal, "answer", reading=reading))
     seconds = time.perf_counter() - started
 
     known = [index for index, gold in enumerate(gold_rows) if gold]

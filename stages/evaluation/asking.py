@@ -68,7 +68,8 @@ class Asker:
         examples = rag.examples(questions, [""] * len(questions), hits).to(self.device)
         found = retrieve(rag, examples, rag.n_docs, settings.batch_size)
         prior = marginalization.log_prior(found.scores)
-        given = answer(rag, examples, found.rows, prior, settings, self.params.recipe.marginalization, "")
+        recipe = self.params.recipe
+        given = answer(rag, examples, found.rows, prior, settings, recipe.marginalization, "", reading=recipe.reading)
         return [self._row(*of_one) for of_one in zip(questions, given, prior, found.rows.tolist(), strict=True)]
 
     def _row(self, question: str, given: Answer, prior: torch.Tensor, rows: list[int]) -> dict:

@@ -33,10 +33,11 @@ class Answer:
     """One generated answer; where candidates were merged, the likeliest of them with the probability of all.
 
     `log_prob` is what the answer was chosen by: its marginal log p(y|x), in fast decoding without the
-    passages that did not generate it; where the passages are read together, log p(y|x, all of them). `doc_log_probs[z]` is log p(z|x) + log p(y|x,z), so its softmax is the
-    posterior of the passages, also of passages read together, each then asked alone; -inf for a missing passage and, in fast decoding, for one that did not generate
-    the answer. `finished` is False where the answer fills max_answer_tokens: EOS was forced and the text may
-    be cut off.
+    passages that did not generate it; where they are read together, log p(y|x, all of them).
+    `doc_log_probs[z]` is log p(z|x) + log p(y|x,z), so its softmax is the posterior of the passages, also of
+    those read together: what each alone says to the answer, which need not add up to `log_prob`. It is -inf
+    for a missing passage and, in fast decoding, for one that did not generate the answer. `finished` is False
+    where the answer fills max_answer_tokens: EOS was forced and the text may be cut off.
     """
 
     text: str

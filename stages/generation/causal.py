@@ -149,9 +149,7 @@ def causal_from(model, tokenizer, chat_template: bool = False) -> Causal:
     pad = eos if pad is None or pad >= model.get_input_embeddings().num_embeddings else pad
     limit = getattr(config, "max_position_embeddings", None)
     [separator] = token_rows(tokenizer, [SEPARATOR])
-    return Causal(
-        model, tokenizer, eos, pad, prefix, suffix, chat_template, limit, passage_separator=separator
-    )
+    return Causal(model, tokenizer, eos, pad, prefix, suffix, chat_template, limit, passage_separator=separator)
 
 
 def _chat_frame(tokenizer) -> tuple[list[int], list[int]]:

@@ -317,11 +317,12 @@ def packed_likelihood(generator: Generator) -> PackedBart | PackedCausal | None:
 def open_rag(
     encoder: Encoder, generator: Generator, index: PassageIndex, passages: TokenStore, n_docs: int, lengths: Lengths,
     device: torch.device, prior: PriorWeights | None = None, passage_encoder: PassageEncoder | None = None,
-    reranker: Reranker | None = None, rerank_depth: int = 0, models_move: bool = True,
+    reranker: Reranker | None = None, rerank_depth: int = 0, models_move: bool = True, reading: str = "each",
 ) -> Rag:  # fmt: skip
     """Puts the pieces together on `device`; without a `prior` scores are inner products.
 
     With a `passage_encoder` the context encoder trains too. Unless `models_move`, the models stay where they are.
+    `reading` each or together decides how many positions the generator must have.
 
     Raises ValueError where they do not fit each other."""
     if encoder.dimension != index.vectors.shape[1]:
@@ -338,17 +339,30 @@ def open_rag(
             f"data/reranker holds {len(reranker.tokens)} passages, data/tokens {len(passages)}; run `dvc repro` to make them "
             "agree"
         )
-    needed = generator.positions_needed(lengths.context_tokens, lengths.answer_tokens)
-    if generator.max_positions and generator.max_positions < needed:
-        raise ValueError(
-            f"lengths.context_tokens: {lengths.context_tokens} with lengths.answer_tokens {lengths.answer_tokens} takes "
-            f"{needed} positions, but the generator has {generator.max_positions}"
-        )
+    check_positions(generator, lengths, n_docs if reading == "together" else 1)
     on_device = passages.to(device) if device.type == "cuda" else passages
     searched = index.to(device, together=True)
     reranking = reranker and reranker.to(device)
     rag = Rag(encoder, generator, searched, on_device, n_docs, lengths, prior, passage_encoder, reranking, rerank_depth)
     return rag.to(device) if models_move else rag
+
+
+def check_positions(generator: Generator, lengths: Lengths, together: int) -> None:
+    """Raises ValueError where the generator has fewer positions than contexts of `together` passages and answers take."""
+    alone, needed = (
+        generator.positions_needed(lengths.context_tokens, lengths.answer_tokens, n) for n in (1, together)
+    )
+    if not generator.max_positions or generator.max_positions >= needed:
+        return
+    has = f"{needed} positions, but the generator has {generator.max_positions}"
+    if generator.max_positions >= alone:
+        raise ValueError(
+            f"retriever.n_docs: {together} passages of lengths.context_tokens ({lengths.context_tokens}), read together, with "
+            f"lengths.answer_tokens {lengths.answer_tokens} take {has}; lower n_docs or context_tokens, or use reading: each"
+        )
+    raise ValueError(
+        f"lengths.context_tokens: {lengths.context_tokens} with lengths.answer_tokens {lengths.answer_tokens} takes {has}"
+    )
 
 
 def open_rag_on(

@@ -55,9 +55,9 @@ def test_what_needs_a_gold_passage_is_measured_over_the_questions_that_name_one(
 def test_without_gold_passages_there_are_no_such_metrics_and_nothing_is_decoded_for_them(monkeypatch):
     decoded = []
 
-    def watched(*arguments):
+    def watched(*arguments, **named):
         decoded.append(arguments[6])
-        return answer(*arguments)
+        return answer(*arguments, **named)
 
     monkeypatch.setattr("stages.evaluation.answering.answer", watched)
     metrics, _ = evaluate(tiny_rag(), ASKED, PASSAGES, [[]] * 9, SETTINGS, "sequence")

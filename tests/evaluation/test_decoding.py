@@ -23,6 +23,7 @@ from transformers import (
     RagTokenForGeneration,
     T5Config,
 )
+from transformers.modeling_outputs import BaseModelOutput
 
 from stages.evaluation import decoding
 from stages.evaluation.decoding import generate
@@ -535,3 +536,95 @@ def test_what_normalises_to_the_same_is_merged_and_to_nothing_is_not(tmp_path):
         every = all_answers(reference, 6, 2)
         total = logsumexp(p + reference.log_prob(z, y) for z, p in enumerate(prior.tolist()) for y in every)
         assert answer.log_prob == pytest.approx(total, abs=1e-4)
+
+
+def decode_together(generator, batch, num_beams, max_answer_tokens, **options):
+    """As Rag.joined hands over: the states of all passages, or one prompt of them."""
+    there = batch[2] > -math.inf
+
+    def joined(contexts):
+        if generator.model.config.is_encoder_decoder:
+            contexts.mask = contexts.mask * there.flatten()[:, None]
+            return contexts.joined(there.shape[1])
+        rows = prompts(batch)
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+        return generator.encode(ids, (torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])).long())
+
+    return generate(
+        generator, *batch, num_beams=num_beams, max_answer_tokens=max_answer_tokens, decoding="thorough",
+        marginalization="sequence", joined=joined, **options,
+    )  # fmt: skip
+
+
+def prompts(batch):
+    kept = batch[1].bool() & (batch[2] > -math.inf)[..., None]
+    return [ids[real] for ids, real in zip(batch[0], kept, strict=True)]
+
+
+def with_missing(batch):
+    """One passage of the first question and two of the second are missing."""
+    for row, doc in ((0, 1), (1, 0), (1, 2)):
+        batch[2][row, doc] = -math.inf
+    return batch
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_beams", [1, 4])
+def test_reading_together_is_transformers_own_search_over_the_joint_context(medium, num_beams):
+    batch = with_missing(questions(medium, 12, 3, seed=4))
+    ours, theirs, probable = decode_together(medium, batch, num_beams, 10), [], []
+    for row, given in enumerate(ours):
+        answered = torch.tensor([[*given.token_ids, EOS]])
+        if medium.model.config.is_encoder_decoder:
+            contexts = [
+                ids[real.bool()] for ids, real, p in zip(*(part[row] for part in batch), strict=True) if p > -99
+            ]
+            encoder = medium.model.get_encoder()
+            states = torch.cat([encoder(ids[None]).last_hidden_state for ids in contexts], dim=1)
+            joint = dict(
+                encoder_outputs=BaseModelOutput(last_hidden_state=states), attention_mask=torch.ones(states.shape[:2])
+            )
+            fed = torch.cat([medium.prefix(1, states.device), answered[:, :-1]], dim=1)
+            logits = medium.model(**joint, decoder_input_ids=fed).logits
+            [found] = medium.model.generate(**joint, generation_config=library_rules(medium, num_beams, 10)).tolist()
+        else:
+            prompt = prompts(batch)[row]
+            rules = library_rules(medium, num_beams, 10, prompt=len(prompt))
+            logits = medium.model(torch.cat([prompt[None], answered[:, :-1]], dim=1)).logits[:, len(prompt) - 1 :]
+            [found] = medium.model.generate(prompt[None], generation_config=rules).tolist()
+            found = found[len(prompt) - 1 :]
+        theirs.append(found)
+        probable.append(logits[0].log_softmax(-1).gather(1, answered.T).sum().item())
+    assert compare(ours, theirs, 10) >= 8
+    assert [given.log_prob for given in ours] == pytest.approx(probable, abs=1e-4)
+
+
+def test_reading_together_each_passage_alone_says_how_likely_the_answer_is(medium):
+    batch = with_missing(questions(medium, 5, 3, seed=5))
+    for given, input_ids, mask, prior in zip(decode_together(medium, batch, 3, 6), *batch, strict=True):
+        reference = Reference(medium, input_ids, mask)
+        tokens = (*given.token_ids, EOS)
+        alone = [p + reference.log_prob(z, tokens) if p > -math.inf else p for z, p in enumerate(prior.tolist())]
+        assert given.doc_log_probs == pytest.approx(alone, abs=1e-4)
+
+
+def test_reading_together_what_reads_alike_is_one_answer_with_the_probability_of_all(medium, monkeypatch):
+    monkeypatch.setattr("stages.evaluation.decoding.normalize_answer", lambda text: "one")
+    batch = questions(medium, 6, 3, seed=6)
+    merged, single = decode_together(medium, batch, 4, 6, merge=True), decode_together(medium, batch, 4, 6)
+    for one, other in zip(merged, single, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.log_prob > other.log_prob + 1e-4 and max(one.doc_log_probs) > max(other.doc_log_probs)
+
+
+def test_reading_together_a_batch_equals_its_questions_one_at_a_time(medium):
+    batch = with_missing(questions(medium, 6, 3, seed=7))
+    for row, given in enumerate(decode_together(medium, batch, 3, 6)):
+        [alone] = decode_together(medium, [part[row : row + 1] for part in batch], 3, 6)
+        check(given, (*alone.token_ids, EOS), alone.log_prob, alone.doc_log_probs, 6)
+
+
+def test_one_passage_read_together_is_that_passage_alone(medium):
+    batch = questions(medium, 6, 1, seed=8)
+    for one, other in zip(decode_together(medium, batch, 3, 6), run(medium, batch, 3, 6), strict=True):
+        check(one, (*other.token_ids, EOS), other.log_prob, other.doc_log_probs, 6)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stages.corpus.token_store import TokenStore, write_tokens
-from stages.generation.contexts import assemble_contexts
+from stages.generation.contexts import assemble_contexts, assemble_together
 
 PAD = 1
 
@@ -38,6 +38,39 @@ def test_against_lists(prefix, suffix, width):
     for found, real, row in zip(ids.tolist(), mask.tolist(), expected, strict=True):
         assert found == row + [PAD] * (len(found) - len(row))
         assert real == [1] * len(row) + [0] * (len(found) - len(row))
+
+
+def together(passages, question, limit, prefix, separator, suffix):
+    """Of the passages that are there, in their order."""
+    room = limit - len(prefix) - len(suffix) - len(question)
+    text = []
+    for number, passage in enumerate(passages):
+        text += (separator if number else []) + passage[:room]
+    return prefix + text + question + suffix
+
+
+@pytest.mark.parametrize(("prefix", "suffix"), [([0], [2]), ([], [2]), ([0, 7], [8, 2])])
+@pytest.mark.parametrize("separator", [[], [5], [5, 6]])
+@pytest.mark.parametrize("n_docs", [1, 2, 5])
+def test_together_against_lists(prefix, suffix, separator, n_docs):
+    random.seed(n_docs)
+    passages = [[random.randint(10, 99) for _ in range(random.randint(0, 60))] for _ in range(20)]
+    questions = [[random.randint(100, 199) for _ in range(random.randint(2, 12))] for _ in range(40)]
+    rows = [[random.choice([-1, random.randrange(20)]) for _ in range(n_docs)] for _ in questions]
+    rows[0] = [-1] * n_docs
+    padded, lengths = TokenStore.from_rows(questions).padded(torch.arange(40), 12, PAD)
+    store, frame = TokenStore.from_rows(passages), dict(limit=36, prefix=prefix, suffix=suffix, pad=PAD)
+    ids, mask = assemble_together(store, torch.tensor(rows), padded, lengths, separator=separator, **frame)
+    expected = [
+        together([passages[row] for row in some if row >= 0], question, 36, prefix, separator, suffix)
+        for some, question in zip(rows, questions, strict=True)
+    ]
+    assert ids.shape[1] == max(map(len, expected)) <= n_docs * 36
+    assert ids.tolist() == [row + [PAD] * (ids.shape[1] - len(row)) for row in expected]
+    assert mask.tolist() == [[1] * len(row) + [0] * (ids.shape[1] - len(row)) for row in expected]
+    if n_docs == 1:
+        alone = assemble_contexts(store, torch.tensor(rows)[:, 0], padded, lengths, **frame)
+        assert all(torch.equal(one, other) for one, other in zip((ids, mask), alone, strict=True))
 
 
 def test_a_question_that_cannot_fit_is_the_callers_mistake():
