@@ -5,7 +5,8 @@
     python -m stages.ask --json < questions.txt                                    # a JSON object a question
 
 Without a question, questions are read from standard input, one a line. Needs the outputs of `dvc repro`. `prior` is how
-much the retriever trusts a passage, `posterior` how much of the answer's probability came from it.
+much the retriever trusts a passage, `posterior` how much of the answer's probability came from it (where the recipe reads
+passages together: would have come, had each been read alone).
 """
 
 import argparse

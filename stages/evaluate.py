@@ -87,9 +87,10 @@ def main() -> None:
         tracker.set_tags({**verdicts.tags, **flatten({"evaluate": {**settings.model_dump(), **facts}})})
         tracker.log_text(verdicts.text, "signs-evaluate.txt")
         tracker.describe(f"{evaluation_text(metrics, settings.split, verdicts)}\n\n{trained['description']}")
-        name = f"{settings.split}: {settings.decoding}, {settings.num_beams} beams"
+        way = settings.decoding if params.recipe.reading == "each" else "together"
+        name = f"{settings.split}: {way}, {settings.num_beams} beams"
         # The same answers under the same settings are the same evaluation, however often a killed command was repeated.
-        key = f"{settings.split}-{settings.decoding}-{settings.num_beams}-{digest(PREDICTIONS / 'predictions.jsonl')}"
+        key = f"{settings.split}-{way}-{settings.num_beams}-{digest(PREDICTIONS / 'predictions.jsonl')}"
         tracker.log_child(
             key, name, started, {"evaluate": {**settings.model_dump(), **facts}}, scores, verdicts.tags,
             {"signs-evaluate.txt": verdicts.text},

@@ -22,6 +22,7 @@ from stages.generation import marginalization
 from stages.params import Evaluate
 from stages.rag.batches import Examples
 from stages.rag.model import Rag
+from stages.rag.together import joint_contexts
 
 if TYPE_CHECKING:  # a second that one question need not wait for
     from datasets import Dataset
@@ -77,7 +78,7 @@ def answer(
         shape = (len(chosen), rows.shape[1], -1)
         # A single passage read together is that passage alone.
         together = reading == "together" and rows.shape[1] > 1
-        joined = partial(rag.joined, batch, rows[chosen]) if together else None
+        joined = partial(joint_contexts, rag, batch, rows[chosen]) if together else None
         return generate(
             rag.generator, input_ids.view(shape), attention_mask.view(shape), log_prior[chosen],
             num_beams=settings.num_beams, max_answer_tokens=rag.lengths.answer_tokens,

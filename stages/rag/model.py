@@ -378,4 +378,5 @@ def open_rag_on(
     return open_rag(
         *parts, searching, TokenStore.open(tokens), retriever.n_docs, params.lengths, device,
         prior or prior_of(retriever), passage_encoder, reranker, retriever.rerank_depth, models_move,
+        params.recipe.reading,
     )  # fmt: skip

@@ -2,14 +2,16 @@
 
 Encoder-decoder: the passages are encoded apart, each with the question, and the decoder attends to all of them end to end
 (Fusion-in-Decoder, Izacard & Grave 2021). The likelihoods under each passage alone, which train the retriever, come from
-the same encodings.
+the same encodings. Decoder-only: one prompt holds all passages in the order of the prior and the question once, behind them
+(generation/causal.py); under each passage alone it reads prompts of their own.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from stages.generation.contexts import assemble_together
 from stages.generation.seq2seq import Contexts
 from stages.generation.vocabulary import padded_log_probs
 from stages.rag.batches import RagBatch
@@ -27,13 +29,10 @@ def read_together(
     """The batch's answers under all of their passages `rows` [B, K] by a Rag; those that are missing (-1) are left out.
 
     A question for which nothing was found is read alone. `alone`: under each passage by itself too, without label
-    smoothing. Raises ValueError for a decoder-only generator.
+    smoothing.
     """
     if not rag.generator_model.config.is_encoder_decoder:
-        raise ValueError(
-            f"recipes: reading: together wants an encoder-decoder (BART, T5); models.generator is of type "
-            f"{rag.generator_model.config.model_type}; use reading: each"
-        )
+        return _read_in_one_prompt(rag, batch, rows, label_smoothing, alone)
     input_ids, attention_mask = rag.contexts(batch, rows)
     read = attention_mask * read_at_all(rows).flatten()[:, None]
     if rag.packed:
@@ -52,6 +51,37 @@ def read_together(
     with torch.no_grad():
         each = padded_log_probs(rag.generator, contexts, batch.targets.repeat_interleave(rows.shape[1], 0))
     return Together(joint, each.unflatten(0, rows.shape), read.sum())
+
+
+def joint_contexts(rag: nn.Module, batch: RagBatch, rows: Tensor, contexts: Any) -> Any:
+    """What B questions' answers read at once: encoded contexts [B] of all of their passages `rows` [B, K].
+
+    `contexts` are those of each passage alone [B * K], as the generator encoded them.
+    """
+    if not rag.generator_model.config.is_encoder_decoder:
+        return rag.generator.encode(*prompts_together(rag, batch, rows))
+    read = contexts.mask * read_at_all(rows).flatten()[:, None]
+    return Contexts(contexts.states, read).joined(rows.shape[1])
+
+
+def prompts_together(rag: nn.Module, batch: RagBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids and mask [B, L] of every question with all of its passages `rows` [B, K] in one prompt."""
+    generator = rag.generator
+    return assemble_together(
+        rag.passages, rows, batch.generator_questions, batch.generator_question_lengths, limit=rag.lengths.context_tokens,
+        prefix=generator.context_prefix, separator=generator.passage_separator, suffix=generator.context_suffix,
+        pad=generator.pad_token_id,
+    )  # fmt: skip
+
+
+def _read_in_one_prompt(rag: nn.Module, batch: RagBatch, rows: Tensor, label_smoothing: float, alone: bool) -> Together:
+    input_ids, attention_mask = prompts_together(rag, batch, rows)
+    joint = rag.token_log_probs(batch, input_ids, attention_mask, label_smoothing)[:, 0]
+    each = None
+    if alone:
+        with torch.no_grad():
+            each = rag.token_log_probs(batch, *rag.contexts(batch, rows))
+    return Together(joint, each, attention_mask.sum())
 
 
 def read_at_all(rows: Tensor) -> Tensor:
