@@ -96,13 +96,11 @@ class Rag(nn.Module):
     def record_graphs(self, reading: str = "each") -> None:
         """From now on training replays the generator's passes as CUDA graphs, where it has a packed likelihood."""
         if self.packed:
-            one_prompt = reading == "together" and not self.generator_model.config.is_encoder_decoder
-            prompt = self.lengths.context_tokens * (self.n_docs if one_prompt else 1)
-            limits = prompt, self.lengths.answer_tokens
+            limits = self.lengths.context_tokens, self.lengths.answer_tokens
             self.packed.graphs = CudaGraphs(
                 self.packed.log_probs,
                 self.packed.model,
-                self.generator.positions_needed(*limits),
+                self.generator.positions_needed(*limits, self.n_docs if reading == "together" else 1),
                 limits[1],
                 self.working and self.working.own,
             )

@@ -20,7 +20,7 @@ from stages.rag.batches import RagBatch
 class Together(NamedTuple):
     joint: Tensor  # [B, T] log p(y_t | y_<t, x, z_1..z_K), zero or anything behind the answer
     alone: Tensor | None  # [B, K, T] log p(y_t | y_<t, x, z), without gradient; None: not asked for
-    context_tokens: Tensor  # real tokens read together
+    context_tokens: Tensor  # real tokens read; those read without a gradient alone count a third, as their pass does
 
 
 def read_together(
@@ -77,11 +77,12 @@ def prompts_together(rag: nn.Module, batch: RagBatch, rows: Tensor) -> tuple[Ten
 def _read_in_one_prompt(rag: nn.Module, batch: RagBatch, rows: Tensor, label_smoothing: float, alone: bool) -> Together:
     input_ids, attention_mask = prompts_together(rag, batch, rows)
     joint = rag.token_log_probs(batch, input_ids, attention_mask, label_smoothing)[:, 0]
-    each = None
-    if alone:
-        with torch.no_grad():
-            each = rag.token_log_probs(batch, *rag.contexts(batch, rows))
-    return Together(joint, each, attention_mask.sum())
+    if not alone:
+        return Together(joint, None, attention_mask.sum())
+    with torch.no_grad():
+        prompts, masks = rag.contexts(batch, rows)
+        each = rag.token_log_probs(batch, prompts, masks)
+    return Together(joint, each, attention_mask.sum() + masks.sum() / 3)
 
 
 def read_at_all(rows: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 from stages.corpus.token_store import TokenStore
-
 from stages.evaluation.answering import answer, retrieve
 from stages.generation import marginalization
 from stages.generation.contexts import assemble_together
