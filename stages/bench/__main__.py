@@ -7,6 +7,7 @@
     python -m stages.bench search                                  # exact search
     python -m stages.bench decode --against transformers           # thorough decoding, questions per second
     python -m stages.bench decode --shapes smollm2                 # the same with a decoder-only generator
+    python -m stages.bench decode --reading together               # one search a question over all of its passages
     python -m stages.bench scale --passages 10000 100000           # the real stages over synthetic passages
     python -m stages.bench scaling --plot scaling.svg              # 1, 2, 4 and 8 GPUs of this host
 
@@ -34,7 +35,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--n-docs", type=int, default=5)
     made.add_argument("--batch", default="32x1", help="questions a forward pass x passes a step; 2x16 is the README's")
     made.add_argument("--recipe", choices=("new", "old"), default="new")
-    made.add_argument("--reading", choices=("each", "together"), default="each", help="train: together is FiD's")
+    made.add_argument(
+        "--reading", choices=("each", "together"), default="each", help="train, decode: together is FiD's"
+    )
     made.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto")
     made.add_argument("--steps", type=int, default=10, help="optimizer steps a run")
     made.add_argument("--runs", type=int, default=5, help="timed runs after the warm-up")

@@ -8,6 +8,7 @@ import math
 import statistics
 import time
 from argparse import Namespace
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from stages.evaluation.decoding import generate
 from stages.generation import marginalization
 from stages.params import Recipe, Train
 from stages.rag.model import Rag
+from stages.rag.together import joint_contexts
 from stages.training.throughput import matrix_rate, synchronize
 from stages.training.trainer import Trainer
 
@@ -189,7 +191,8 @@ def bench_search(options: Namespace, device: torch.device) -> dict:
 
 @torch.no_grad()
 def bench_decode(options: Namespace, device: torch.device) -> dict:
-    """Questions a second by thorough decoding, and by transformers' own `generate` over a share of the same questions.
+    """Questions a second by thorough decoding, or of passages read together, and by transformers' own `generate` over a share
+    of the same questions.
 
     Both in the precision that evaluation has. Random weights hardly ever write EOS: every answer is as long as it may be,
     which is the most work there is.
@@ -209,6 +212,7 @@ def bench_decode(options: Namespace, device: torch.device) -> dict:
             rag.generator, input_ids.view(batch_size, options.n_docs, -1), mask.view(batch_size, options.n_docs, -1),
             marginalization.log_prior(scores), num_beams=options.num_beams, max_answer_tokens=options.answer_tokens,
             decoding="thorough", marginalization="sequence",
+            joined=partial(joint_contexts, rag, batch, rows) if options.reading == "together" else None,
         )  # fmt: skip
 
     peak = Peak(device)

@@ -12,6 +12,7 @@ import torch
 from stages.bench import faiss_engines, measuring, scaling, scaling_curve
 from stages.bench.__main__ import parser
 from stages.bench.profiling import covered
+from stages.rag.together import joint_contexts
 
 CPU = torch.device("cpu")
 SMALL = ["--shapes", "tiny", "--passages", "300", "--device", "cpu", "--batch", "2x2", "--steps", "1", "--runs", "2"]
@@ -66,9 +67,25 @@ def test_decoding_beside_transformers():
     assert found["times_as_fast"] == pytest.approx(ratio)
 
 
-def test_decoding_with_a_decoder_only_generator():
-    arguments = ("--shapes", "tiny-llama", "--questions", "2", "--num-beams", "2", "--answer-tokens", "3")
+@pytest.mark.parametrize("reading", ["each", "together"])
+@pytest.mark.parametrize("shapes", ["tiny", "tiny-llama"])
+def test_decoding_with_either_family_and_way_of_reading(shapes, reading, monkeypatch):
+    ways = []
+    monkeypatch.setattr(measuring, "joint_contexts", lambda *given: (ways.append(shapes), joint_contexts(*given))[1])
+    arguments = (
+        "--shapes",
+        shapes,
+        "--reading",
+        reading,
+        "--questions",
+        "2",
+        "--num-beams",
+        "2",
+        "--answer-tokens",
+        "3",
+    )
     assert measuring.bench_decode(options("decode", *arguments), CPU)["questions_per_second"] > 0
+    assert bool(ways) == (reading == "together")
 
 
 @pytest.mark.slow
