@@ -3,7 +3,8 @@
     python -m stages.evaluate                       # reads data/model, index, tokens, prepared
     dvc exp run -S evaluate.num_samples=20 -S evaluate.decoding=fast
 
-data/predictions/predictions.jsonl holds a row a question with its kind of error and its passages, whole.
+data/predictions/predictions.jsonl holds a row a question with its kind of error and its passages, whole. Of questions
+without answers the retrieval alone is measured.
 """
 
 import json
@@ -27,9 +28,11 @@ def main() -> None:
     device = prepare_torch(params.runtime)
     from stages.bm25.hits import read_hits
     from stages.compute.precision import cast_weights, generator_dtype
-    from stages.corpus.arrow import check_answered, gold_rows, read_rows, replacing
+    from stages.corpus.arrow import check_answered, gold_grades, read_rows, replacing
     from stages.evaluation.answering import evaluate
     from stages.evaluation.errors import table_row
+    from stages.evaluation.retrieval import evaluate_retrieval
+    from stages.evaluation.scoring import Rules
     from stages.rag.folder import load_rag_parts
     from stages.rag.model import open_rag_on
     from stages.rag.prior import load_prior
@@ -56,24 +59,22 @@ def main() -> None:
     )  # fmt: skip
     cast_weights(rag.generator_model, dtype)  # retrieval stays in fp32
     questions = read_rows(PREPARED / f"{settings.split}.arrow")
-    check_answered(questions, f"{PREPARED / settings.split}.arrow")
+    answered = any(map(len, questions["answers"]))
+    if answered:
+        check_answered(questions, f"{PREPARED / settings.split}.arrow")
     hits = read_hits(LEXICAL, settings.split, params.retriever.hybrid_depth, len(questions), len(passages))
     if settings.num_samples:
         questions = questions.select(range(min(settings.num_samples, len(questions))))
         hits = hits and hits.select(slice(len(questions)))
 
-    golds = gold_rows(questions, passages)
-    metrics, predictions = evaluate(
-        rag,
-        questions,
-        passages,
-        golds,
-        settings,
-        params.recipe.marginalization,
-        hits,
-        params.data.language,
-        params.recipe.reading,
-    )
+    golds = gold_grades(questions, passages)
+    if answered:
+        rules = Rules(params.data.language, params.data.unanswerable, params.data.answers_are == "regex")
+        metrics, predictions = evaluate(
+            rag, questions, passages, golds, settings, params.recipe.marginalization, hits, rules, params.recipe.reading
+        )
+    else:
+        metrics, predictions = evaluate_retrieval(rag, questions, passages, golds, settings, hits)
     verdicts = evaluation_signs(metrics, params.signs)
 
     manifest.write_metrics(METRICS, metrics)
@@ -88,7 +89,7 @@ def main() -> None:
         tracker.log_text(verdicts.text, "signs-evaluate.txt")
         tracker.describe(f"{evaluation_text(metrics, settings.split, verdicts)}\n\n{trained['description']}")
         way = settings.decoding if params.recipe.reading == "each" else "together"
-        name = f"{settings.split}: {way}, {settings.num_beams} beams"
+        name = f"{settings.split}: {way}, {settings.num_beams} beams" if answered else settings.split
         # The same answers under the same settings are the same evaluation, however often a killed command was repeated.
         key = f"{settings.split}-{way}-{settings.num_beams}-{digest(PREDICTIONS / 'predictions.jsonl')}"
         tracker.log_child(
@@ -103,6 +104,12 @@ def main() -> None:
 
 def summary(metrics: dict[str, float], split: str) -> str:
     """One line; where no question names a gold passage, recall is that of the answers' words."""
+    if "em" not in metrics:
+        return (
+            f"recall@1 {metrics['recall_at_1']:.1f}, recall@20 {metrics['recall_at_20']:.1f}, MRR@10 "
+            f"{metrics['mrr_at_10']:.1f}, nDCG@10 {metrics['ndcg_at_10']:.1f} on "
+            f"{metrics['questions_with_gold_passage']} {split} questions without answers"
+        )
     kind = "recall" if "recall_at_5" in metrics else "answer_recall"
     oracle = f"gold passage given: EM {metrics['oracle_em']:.1f}, " if "oracle_em" in metrics else ""
     return (

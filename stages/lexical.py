@@ -28,7 +28,8 @@ def main() -> None:
     metrics = {"depth": depth}
     if depth:
         processes = params.runtime.threads or len(allowed_cores())
-        metrics |= find_hits(work, depth, processes, params.data.language)
+        data = params.data
+        metrics |= find_hits(work, depth, processes, data.language, data.unanswerable, data.answers_are == "regex")
 
     from stages.bm25.hits_folder import DEPTH
     from stages.storage import manifest
@@ -39,7 +40,9 @@ def main() -> None:
     manifest.write_metrics(METRICS, metrics)
 
 
-def find_hits(folder: Path, depth: int, processes: int, language: str) -> dict[str, float]:
+def find_hits(
+    folder: Path, depth: int, processes: int, language: str, unanswerable: str | None = None, patterns: bool = False
+) -> dict[str, float]:
     """Writes every split's hits; returns how often a gold passage of the test questions is among the first k, in percent.
 
     Where none of them names one: how often an answer's words stand in the first k, as `answer_recall_at_k`.
@@ -47,7 +50,7 @@ def find_hits(folder: Path, depth: int, processes: int, language: str) -> dict[s
     import numpy as np
 
     from stages.bm25 import lexical_search
-    from stages.corpus.answers import hits_with_answers
+    from stages.corpus.answers import hits_with_answers, with_an_answer
     from stages.corpus.arrow import gold_rows, read_rows
     from stages.corpus.recall import recalls
 
@@ -66,7 +69,9 @@ def find_hits(folder: Path, depth: int, processes: int, language: str) -> dict[s
     depths = [k for k in RECALL_DEPTHS if k <= depth]
     if any(golds):
         return recalls([[row in gold for row in some] for gold, some in zip(golds, found, strict=True) if gold], depths)
-    return recalls(list(hits_with_answers(passages, found, list(splits["test"]["answers"]))), depths, "answer_")
+    answers = with_an_answer(splits["test"]["answers"], unanswerable)
+    rows = [found[row] for row in answers]
+    return recalls(list(hits_with_answers(passages, rows, list(answers.values()), patterns)), depths, "answer_")
 
 
 if __name__ == "__main__":

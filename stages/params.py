@@ -98,6 +98,7 @@ class Data(Section):
     tables: Tables
     fields: Fields
     unanswerable: Name | None
+    answers_are: Literal["text", "regex"]
     shares: Shares
     positives: Positives
     max_unusable: Share
@@ -271,6 +272,7 @@ class Recipe(Section):
 class Evaluate(Section):
     split: Literal["test", "validation"]
     num_samples: Positive | None
+    further_depths: list[Annotated[int, Field(ge=1, le=1000)]]
     decoding: Literal["thorough", "fast"]
     num_beams: Positive
     batch_size: Positive

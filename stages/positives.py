@@ -23,10 +23,12 @@ def main() -> None:
 
     settings, retriever = params.data.positives, params.retriever
     reranker_learns = params.models.reranker and retriever.reranker.steps
-    wanted = settings.depth and (retriever.steps or retriever.hard_negatives.count or reranker_learns)
+    # Training takes from them what a pattern matches.
+    patterns = params.data.answers_are == "regex"
+    wanted = settings.depth and (retriever.steps or retriever.hard_negatives.count or reranker_learns or patterns)
     with replacing(POSITIVES) as (folder,):
         for split in SPLITS:
-            rows = search(split, settings, params.runtime, params.data.language) if wanted else []
+            rows = search(split, params.data, params.runtime) if wanted else []
             write_rows(folder / f"{split}.arrow", FOUND, rows)
     if not wanted:
         print("no positives are searched for: no warm-up reads them, or data.positives.depth is 0")
@@ -35,21 +37,24 @@ def main() -> None:
         print(f"questions with a positive by answer: {counts}")
 
 
-def search(split: str, settings, runtime, language: str) -> list[dict]:
-    """{question, passage} rows of the questions that get a positive, at most settings.questions of them searched for."""
+def search(split: str, data, runtime) -> list[dict]:
+    """{question, passage} rows of the questions that get a positive, at most data.positives.questions searched for."""
     from stages.bm25.positives import find_positives
+    from stages.corpus.answers import with_an_answer
     from stages.corpus.arrow import read_rows
     from stages.machine.devices import free_cores
 
     questions = read_rows(PREPARED / f"{split}.arrow")
-    pairs = zip(questions["positive_ids"], questions["answers"], strict=True)
-    lacking = [row for row, (named, answers) in enumerate(pairs) if answers and not named][: settings.questions]
+    settings, language, patterns = data.positives, data.language, data.answers_are == "regex"
+    named = list(questions["positive_ids"])
+    answered = with_an_answer(questions["answers"], data.unanswerable)
+    lacking = [row for row in answered if not named[row]][: settings.questions]
     if not lacking:
         return []
     passages, chosen = read_rows(PREPARED / "passages.arrow"), questions.select(lacking)
     processes = runtime.threads or free_cores()
     asked, answers = list(chosen["question"]), list(chosen["answers"])
-    found = find_positives(passages, asked, answers, settings.depth, processes, language).tolist()
+    found = find_positives(passages, asked, answers, settings.depth, processes, language, patterns).tolist()
     count = sum(hit >= 0 for hit in found)
     if count < FEW * len(found):
         row = found.index(-1)

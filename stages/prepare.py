@@ -41,6 +41,7 @@ def main() -> None:
                 qrels = getattr(data.qrels, split) if data.source == "files" else None
                 given[split] = read_questions(
                     its_files, data.fields, split, report, separator=data.tables.separator, unanswerable=data.unanswerable,
+                    patterns=data.answers_are == "regex",
                     judged=read_judgements(qrels, f"data.qrels.{split}") if qrels else None,
                 )  # fmt: skip
             questions = split_questions(given, data.shares, params.seed)

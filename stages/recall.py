@@ -1,12 +1,12 @@
 """How often the retriever finds a gold passage: dense, by BM25, by both at several weights, and reranked.
 
     dvc repro reranker lexical && python -m stages.recall       # the validation questions: choose retriever.hybrid_weight by them
-    python -m stages.recall --split test --weights 0.3 1 --out recall.json
+    python -m stages.recall --split test --weights 0.3 1 --depths 1 5 20 100 --out recall.json
     python -m stages.recall --split test --trained              # the same after joint training: encoder, reranker and weights
 
-Where no question names a gold passage: how often an answer's words stand in what is found. Not a stage. Reads
-data/prepared, data/retriever and data/index, data/lexical if it has hits, and data/reranker if models.reranker is set;
-with --trained what data/model has of them.
+MRR@10 and nDCG@10 as trec_eval has them, nDCG by the grades of data.qrels. Where no question names a gold passage: how
+often an answer's words stand in what is found. Not a stage. Reads data/prepared, data/retriever and data/index,
+data/lexical if it has hits, and data/reranker if models.reranker is set; with --trained what data/model has of them.
 """
 
 import argparse
@@ -29,17 +29,21 @@ def main() -> None:
     parser.add_argument(
         "--weights", type=float, nargs="+", default=[0.1, 0.3, 1.0, 3.0], help="retriever.hybrid_weight"
     )
+    parser.add_argument("--depths", type=int, nargs="+", default=DEPTHS, metavar="K", help="of recall@K, 1 to 1,000")
     parser.add_argument("--trained", action="store_true", help="by data/model in place of what training started from")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON here too")
     arguments = parser.parse_args()
+    if not all(1 <= k <= 1000 for k in arguments.depths):
+        parser.error("--depths: from 1 to 1,000")
     params = load_params()
     device = prepare_torch(params.runtime)
     import torch
 
     from stages.bm25.hits import read_hits
     from stages.bm25.hits_folder import kept_depth
-    from stages.corpus.answers import hits_with_answers
-    from stages.corpus.arrow import gold_rows, read_rows
+    from stages.corpus.answers import hits_with_answers, with_an_answer
+    from stages.corpus.arrow import gold_grades, read_rows
+    from stages.corpus.ranking import RANKED, retrieval_scores
     from stages.corpus.recall import recalls
     from stages.encoders.encoder import load_encoder
     from stages.rag.folder import load_rag_parts
@@ -49,7 +53,7 @@ def main() -> None:
     from stages.search.reranking import load_reranker
 
     passages, questions = (read_rows(PREPARED / f"{name}.arrow") for name in ("passages", arguments.split))
-    gold = gold_rows(questions, passages)
+    gold = gold_grades(questions, passages)
     settings, trained = params.retriever, arguments.trained
     model = MODEL if trained else Path("nowhere")
     weights = load_prior(model, settings)()
@@ -61,17 +65,19 @@ def main() -> None:
     # Whatever retrieval is set to: a reader must see what words alone find.
     hits = read_hits(LEXICAL, arguments.split, kept_depth(LEXICAL), len(questions), len(passages))
     searched = Searched(index, encoder, hits, params, device)
-    depth = max(DEPTHS)
+    depths = sorted(set(arguments.depths))
+    depth = max(*depths, RANKED)
 
     # By the passages that questions name; where none names any, by the words of their answers.
-    known = [row for row, names in enumerate(gold) if names]
-    answers = list(questions["answers"])
+    patterns = params.data.answers_are == "regex"
+    answers = with_an_answer(questions["answers"], params.data.unanswerable)
 
     def recall(found: torch.Tensor) -> dict[str, float]:
-        rows = found[:, : max(DEPTHS)].tolist()
-        if known:
-            return recalls([[row in gold[at] for row in rows[at]] for at in known], DEPTHS)
-        return recalls(list(hits_with_answers(passages, rows, answers)), DEPTHS, "answer_")
+        rows = found[:, :depth].tolist()
+        if any(gold):
+            return retrieval_scores(rows, gold, depths)
+        rows = [rows[at] for at in answers]
+        return recalls(list(hits_with_answers(passages, rows, list(answers.values()), patterns)), depths, "answer_")
 
     measured = {"dense": recall(searched.candidates(questions, depth, weights.score_scale, None).rows)}
     if hits:

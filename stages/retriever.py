@@ -98,7 +98,8 @@ def main() -> None:
         everything = tokenize_passages(context_encoder, passages, lengths.passage_tokens)
         own = OwnPassages(gold["train"], everything)
         hits = best_hits(question_encoder, context_encoder, questions["train"], everything, hard.depth, device)
-        pool = without_answers(hits, list(known["train"]["answers"]), own, passages, hard.skip)
+        patterns = params.data.answers_are == "regex"
+        pool = without_answers(hits, list(known["train"]["answers"]), own, passages, hard.skip, patterns)
         negatives = HardNegatives(pool, hard.count)
         loss = warm_up.train(
             questions["train"], everything, own, steps=hard.steps, batch_size=settings.batch_size,

@@ -8,7 +8,7 @@
 
 The result is a transformers RAG checkpoint, or a folder a model (stages/rag/folder.py says when); where the context encoder
 trains too (train.index_refresh_steps), it and the index of its vectors lie beside it. Killed and started again, it goes on
-from its last checkpoint.
+from its last checkpoint. Questions without answers train no generator: the models of the warm-up are passed on as they are.
 """
 
 import math
@@ -45,17 +45,65 @@ def train(params: Params, device, sharded=None) -> None:
     """
     from stages.compute import ranks
     from stages.training import opening
+    from stages.training.targets import has_answers
     from stages.training.workplace import take_workplace
 
     rows = opening.open_rows()
+    if not has_answers(rows["train"]):
+        if ranks.is_main():
+            pass_on(params, device, rows)
+        return
     rag, precision = opening.build_rag(params, device, rows["passages"], sharded)
-    examples = opening.open_examples(params, rag, rows)
+    examples, names = opening.open_examples(params, rag, rows)
     workplace = take_workplace(root_folder(), settings_of(params), opening.inputs_of(params), params)
-    trainer = opening.make_trainer(params, rag, precision, workplace, list(rows["train"]["id"]))
+    trainer = opening.make_trainer(params, rag, precision, workplace, names["train"])
     if ranks.is_main():
         train_and_leave(params, trainer, examples, workplace, device)
     else:
         workplace.run(trainer, examples, on_point=lambda point: None)
+
+
+def pass_on(params: Params, device, rows: dict) -> None:
+    """Leaves the models as the warm-up left them: questions without answers train the retriever alone."""
+    from stages.corpus.arrow import replacing
+    from stages.rag.folder import save_rag
+    from stages.storage import leftovers, manifest
+    from stages.storage.checkpoints import describe, fingerprint
+    from stages.tracking.runs import environment_tags, open_run
+    from stages.training import opening
+    from stages.training.curve_files import CurveFiles
+    from stages.training.curves import earlier_metrics
+
+    root = root_folder()
+    name = fingerprint(describe(settings_of(params), opening.inputs_of(params)))
+    called = os.environ.get("DVC_EXP_NAME") or f"retrieval-{name[:6]}"
+    lock = leftovers.lock(root, name)
+    as_they_are = params.train.model_copy(update={"index_refresh_steps": 0, "compile": False})
+    rag, _ = opening.build_rag(params.model_copy(update={"train": as_they_are}), device, rows["passages"], None)
+    description = "The training questions have no answers: no joint training, the warmed-up retriever as it is."
+    tracker = open_run(
+        root, params.tracking.experiment, None, called, root / ".tracking" / f"train-{name}.jsonl", None, same_run=True
+    )
+    with tracker:
+        tracker.set_tags({**environment_tags(Path.cwd()), "recipe": "none", "fingerprint": name})
+        settings = settings_to_record(params)
+        tracker.log_params(settings)
+        data = list(opening.data_sets())
+        for data_set in data:
+            tracker.log_dataset(*data_set)
+        if "DVC_STAGE" in os.environ:  # else they may have run with other parameters since
+            tracker.log_metrics(earlier_metrics(METRICS.parent))
+        with replacing(MODEL) as (made,):
+            save_rag(rag, made, params.recipe.marginalization)
+        tracker.describe(description)
+        tracker.flush()
+    leave_facts(params, settings, tracker.run_id, name, called, {}, description, data)
+    manifest.write_metrics(METRICS, {"steps": 0, "questions_seen": 0, "training_seconds": 0.0})
+    CurveFiles(CURVES).write([])
+    lock.release()
+    print(
+        "the train questions have no answers: nothing is trained jointly, the warmed-up models are passed on as they are"
+    )
 
 
 def train_and_leave(params: Params, trainer, examples: dict, workplace, device) -> None:
@@ -63,7 +111,6 @@ def train_and_leave(params: Params, trainer, examples: dict, workplace, device) 
     from stages.corpus.arrow import replacing
     from stages.rag.folder import save_rag
     from stages.storage import manifest
-    from stages.tracking.journal import flatten
     from stages.tracking.runs import environment_tags, open_run
     from stages.training.boards import take_board
     from stages.training.curve_files import CurveFiles
@@ -115,19 +162,30 @@ def train_and_leave(params: Params, trainer, examples: dict, workplace, device) 
         tracker.describe(description)
         tracker.flush()
 
-    trained = {
-        "run_id": tracker.run_id, "experiment": params.tracking.experiment, "fingerprint": fingerprint, "name": name,
-        "params": flatten(settings), "metrics": kept, "description": description,
-        "data": [{"name": one, "digest": content, **facts} for one, content, _, _, facts in data],
-    }  # fmt: skip
-    manifest.write_json(MODEL / "run.json", trained)
-    manifest.record(MODEL / "run.json")
+    leave_facts(params, settings, tracker.run_id, fingerprint, name, kept, description, data)
     manifest.write_metrics(METRICS, metrics)
     files.write(trainer.progress.history)
     workplace.release()
     print(verdicts.text)
     loss = metrics.get("val_loss_per_sequence", math.nan)
     print(f"validation loss {loss:.3f} nats a question at step {int(metrics['kept_step'])}")
+
+
+def leave_facts(
+    params: Params, settings: dict, run_id: str | None, fingerprint: str, name: str, metrics: dict, description: str,
+    data: list[tuple],
+) -> None:  # fmt: skip
+    """run.json beside the model: whose it is and what it was made of, for evaluation, report and publish."""
+    from stages.storage import manifest
+    from stages.tracking.journal import flatten
+
+    trained = {
+        "run_id": run_id, "experiment": params.tracking.experiment, "fingerprint": fingerprint, "name": name,
+        "params": flatten(settings), "metrics": metrics, "description": description,
+        "data": [{"name": one, "digest": content, **facts} for one, content, _, _, facts in data],
+    }  # fmt: skip
+    manifest.write_json(MODEL / "run.json", trained)
+    manifest.record(MODEL / "run.json")
 
 
 def register(params: Params, tracker, name: str, step: int, metrics: dict, description: str) -> None:

@@ -58,7 +58,7 @@ def test_old_files_need_no_mapping(project):
     rows = project(source="files", files=files, shares={"test": 0.2})
     assert [len(rows[name]) for name in (*SPLITS, "passages")] == [8, 1, 2, 40]
     assert rows["validation"][0] == {
-        "id": "validation-000001", "question": "Where is tower number1?", "answers": ["Paris"], "positive_ids": [],
+        "id": "validation-000001", "question": "Where is tower number1?", "answers": ["Paris"], "positive_ids": [], "grades": [],
     }  # fmt: skip
     assert rows["passages"][0] == {"id": "1", "title": "Tower 0", "text": "Tower number0 stands in Oslo."}
     # What is found by answer is the warm-up's (stages/positives.py): here and in evaluation none counts as given.
@@ -101,5 +101,6 @@ def test_the_sample_is_what_is_rendered(project):
     rows = project(sample=sizes)
     passages, questions = render_sample(**sizes, seed=13)
     assert rows["passages"] == passages
-    assert {split: rows[split] for split in SPLITS} == questions
+    ungraded = {split: [row | {"grades": None} for row in some] for split, some in questions.items()}
+    assert {split: rows[split] for split in SPLITS} == ungraded
     assert Path("data/unusable.jsonl").read_bytes() == b""

@@ -19,9 +19,11 @@ _passages: Dataset | None = None  # what forked processes share
 
 def find_positives(
     passages: Dataset, questions: list[str], answers: list[list[str]], depth: int, processes: int = 1,
-    language: str = "en",
+    language: str = "en", patterns: bool = False,
 ) -> np.ndarray:  # fmt: skip
     """For each of Q questions the row of its best hit, among `depth`, that contains an answer: int64 [Q], -1 for none.
+
+    `patterns`: the answers are regular expressions.
 
     More than one process: the questions are dealt out to forks of this one.
     """
@@ -29,7 +31,7 @@ def find_positives(
     shards = lexical_search.shards_of(passages, language=language)
     hits, _ = lexical_search.search(shards, questions, depth, processes, language)
     tasks = [
-        (hits[at : at + QUESTIONS_A_TASK], answers[at : at + QUESTIONS_A_TASK])
+        (hits[at : at + QUESTIONS_A_TASK], answers[at : at + QUESTIONS_A_TASK], patterns)
         for at in range(0, len(hits), QUESTIONS_A_TASK)
     ]
     _passages = passages
@@ -48,15 +50,15 @@ def _progress(tasks, count: int):
     return tqdm(tasks, desc="look for answers", total=count, unit=f" x {QUESTIONS_A_TASK} questions")
 
 
-def _first_with_answer(task: tuple[np.ndarray, list[list[str]]]) -> np.ndarray:
+def _first_with_answer(task: tuple[np.ndarray, list[list[str]], bool]) -> np.ndarray:
     """The first row of each line of hits [Q, depth] that contains an answer, -1 where none does."""
-    hits, answers = task
+    hits, answers, patterns = task
     found = np.full(len(hits), -1, dtype=np.int64)
     # Most answers stand in the first hits: the later ones are read for the other questions alone.
     first, width, waiting = 0, 1, np.arange(len(hits))
     while len(waiting) and first < hits.shape[1]:
         some = hits[waiting, first : first + width]
-        flags = np.array(list(hits_with_answers(_passages, some.tolist(), [answers[at] for at in waiting])))
+        flags = np.array(list(hits_with_answers(_passages, some.tolist(), [answers[at] for at in waiting], patterns)))
         has, place = flags.any(1), flags.argmax(1)
         found[waiting[has]] = some[has, place[has]]
         waiting, first, width = waiting[~has], first + width, 2 * width

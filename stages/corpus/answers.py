@@ -11,6 +11,7 @@ import regex
 if TYPE_CHECKING:
     from datasets import Dataset  # to ask a question takes no second for it
 
+from stages.corpus import patterns as answer_patterns
 from stages.corpus.words import class_of, spaced
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -65,9 +66,11 @@ def contains_answer(text: str, answers: Iterable[str]) -> bool:
 
 
 def hits_with_answers(
-    passages: "Dataset", hits: Sequence[Sequence[int]], answers: Sequence[Iterable[str]]
+    passages: "Dataset", hits: Sequence[Sequence[int]], answers: Sequence[Iterable[str]], patterns: bool = False
 ) -> Iterator[list[bool]]:
     """`contains_answer` of title and text for each question's hits, rows of `passages`; -1 is no passage, so False.
+
+    `patterns`: the answers are regular expressions, found in the text as it is.
 
     Of many questions at once every passage is read and cut into words once, however many of them it is a hit of.
     """
@@ -76,11 +79,20 @@ def hits_with_answers(
         some = hits[first : first + questions_a_read]
         rows = sorted({row for of_one in some for row in of_one if row >= 0})
         read = passages[rows]
-        words = {
-            row: words_of(f"{title} {text}") for row, title, text in zip(rows, read["title"], read["text"], strict=True)
-        }
-        for of_one, gold in zip(some, map(_golds, answers[first : first + questions_a_read]), strict=True):
+        texts = {row: f"{title} {text}" for row, title, text in zip(rows, read["title"], read["text"], strict=True)}
+        of_each = answers[first : first + questions_a_read]
+        if patterns:
+            for of_one, gold in zip(some, of_each, strict=True):
+                yield [row >= 0 and answer_patterns.stands_in(gold, texts[row]) for row in of_one]
+            continue
+        words = {row: words_of(text) for row, text in texts.items()}
+        for of_one, gold in zip(some, map(_golds, of_each), strict=True):
             yield [row >= 0 and _contains(words[row], gold) for row in of_one]
+
+
+def with_an_answer(answers: Iterable[list[str]], unanswerable: str | None) -> dict[int, list[str]]:
+    """By row, the answers of the questions that have some to look for; data.unanswerable stands for none."""
+    return {row: some for row, some in enumerate(answers) if some not in ([], [unanswerable])}
 
 
 def _golds(answers: Iterable[str]) -> list[str]:

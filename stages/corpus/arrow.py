@@ -23,6 +23,7 @@ QUESTIONS = pa.schema(
         ("question", pa.string()),
         ("answers", pa.list_(pa.string())),
         ("positive_ids", pa.list_(pa.string())),
+        ("grades", pa.list_(pa.float64())),  # of the positives, above 0; null: each is 1
     ]
 )
 FOUND = pa.schema([("question", pa.int64()), ("passage", pa.int64())])  # rows of a split and of the passages
@@ -91,18 +92,32 @@ def positions_of(passages: "Dataset", wanted: set[str] | None = None) -> dict[st
 
 def gold_rows(questions: "Dataset", passages: "Dataset") -> list[list[int]]:
     """Rows of the passages that each question names as its own, as far as they are in the corpus."""
-    named = questions["positive_ids"]
+    return [list(gold) for gold in gold_grades(questions, passages)]
+
+
+def gold_grades(questions: "Dataset", passages: "Dataset") -> list[dict[int, float]]:
+    """`gold_rows` with their grades, {row: grade above 0} for each question; 1 where judgements have none."""
+    named = list(questions["positive_ids"])
+    grades = questions["grades"] if "grades" in questions.column_names else [None] * len(named)
     position = positions_of(passages, {name for names in named for name in names})
-    return [[position[name] for name in names if name in position] for names in named]
+    return [
+        {
+            position[name]: grade
+            for name, grade in zip(names, some or [1.0] * len(names), strict=True)
+            if name in position
+        }
+        for names, some in zip(named, grades, strict=True)
+    ]
 
 
 def check_answered(questions: "Dataset", name: str) -> None:
-    """Raises ValueError where questions have no answers: retrieval can be trained and measured by their passages alone."""
+    """Raises ValueError where questions have no answers while others have some."""
     without = sum(not answers for answers in questions["answers"])
     if without:
         raise ValueError(
-            f"{name}: {without} of {len(questions)} questions have no answer, which a generator needs; the retriever is "
-            "trained and measured without: `dvc repro index lexical`, then `python -m stages.recall`"
+            f"{name}: {without} of {len(questions)} questions have no answer, which a generator needs; leave them out of the "
+            "files, set data.unanswerable, or take the answers out of all train, validation and test questions to train and "
+            "measure retrieval alone"
         )
 
 

@@ -73,15 +73,16 @@ def best_hits(
 
 
 def without_answers(
-    hits: Tensor, answers: Sequence[list[str]], own: OwnPassages, passages: Dataset, skip: int = 0
-) -> Tensor:
+    hits: Tensor, answers: Sequence[list[str]], own: OwnPassages, passages: Dataset, skip: int = 0,
+    patterns: bool = False,
+) -> Tensor:  # fmt: skip
     """Those of the hits [Q, depth] that are negatives, in their order and behind them -1; the first `skip` are left out.
 
     A hit that contains an answer (answers.contains_answer, in title and text) is no negative, nor is one of the
-    question's own passages or a copy of one.
+    question's own passages or a copy of one. `patterns`: answers are regular expressions.
     """
     pool = torch.full_like(hits, -1)
-    flagged = hits_with_answers(passages, hits.tolist(), answers)
+    flagged = hits_with_answers(passages, hits.tolist(), answers, patterns)
     for question, flags in enumerate(tqdm(flagged, "look for answers", len(hits), unit=" questions")):
         found = hits[question]
         mine = own.among(torch.tensor([question]), found)[0]

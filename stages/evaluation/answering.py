@@ -1,8 +1,7 @@
 """Answering a set of questions with a trained model: batched retrieval and decoding, scores, and the lines around them."""
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,11 +12,13 @@ from tqdm import tqdm
 from stages.bm25.hits import Hits
 from stages.compute.out_of_memory import in_batches
 from stages.corpus.answers import hits_with_answers
+from stages.corpus.ranking import RANKED, retrieval_scores
 from stages.corpus.recall import recalls
-from stages.evaluation import scoring
 from stages.evaluation.alone import flags_alone, recall_alone
 from stages.evaluation.decoding import Answer, generate
 from stages.evaluation.errors import kind_of, rank_of
+from stages.evaluation.retrieval import depths_of, retrieve
+from stages.evaluation.scoring import Rules
 from stages.generation import marginalization
 from stages.params import Evaluate
 from stages.rag.batches import Examples
@@ -26,33 +27,6 @@ from stages.rag.together import joint_contexts
 
 if TYPE_CHECKING:  # a second that one question need not wait for
     from datasets import Dataset
-
-RECALL_DEPTHS = (1, 5, 20)
-
-
-@dataclass
-class Found:
-    """What the retriever found for N questions: passage rows and scores [N, depth], best first."""
-
-    rows: Tensor
-    scores: Tensor
-
-
-@torch.no_grad()
-def retrieve(rag: Rag, examples: Examples, depth: int, batch_size: int) -> Found:
-    """The `depth` best passages of every question; depth is at least rag.n_docs."""
-    rows, scores = [], []
-    wanted, rag.n_docs = rag.n_docs, depth
-
-    def search(some: list[int]) -> tuple[Tensor, Tensor]:
-        batch = rag.batch(examples, some)
-        return rag.retrieve(rag.encode_questions(batch), batch.hits, batch.asked)
-
-    for found, score in in_batches(len(examples), batch_size, search):
-        rows.append(found)
-        scores.append(score)
-    rag.n_docs = wanted
-    return Found(torch.cat(rows), torch.cat(scores))
 
 
 def answer(
@@ -96,62 +70,70 @@ def evaluate(
     rag: Rag,
     questions: "Dataset",
     passages: "Dataset",
-    gold_rows: list[list[int]],
+    gold_passages: list[Mapping[int, float]],
     settings: Evaluate,
     marginal: str,
     hits: Hits | None = None,
-    language: str = "en",
+    rules: Rules | None = None,
     reading: str = "each",
 ) -> tuple[dict[str, float], list[dict]]:
     """Scores in percent over all questions, and a row a question for the predictions file.
 
-    `gold_rows`: rows of each question's own passages among `passages`, where it names any.
+    `gold_passages`: {row of `passages`: grade} of each question's own, where it names any. `rules`: how answers compare.
     Beside EM and F1: recall by gold passage and by answer string, that of dense search and BM25 alone where they were put
-    together (alone.py), EM with the gold passage given (oracle) and with no
-    passage at all (closed book). What needs a gold passage is measured over the questions that name one, the closed book
-    over them too, as `closed_book_em_of_oracle_questions`; where none does, these metrics are absent.
+    together (alone.py), MRR and nDCG by gold passage, EM with the gold passage given (oracle: of the highest grade) and
+    with no passage at all (closed book). What needs a gold passage is measured over the questions that name one, the closed
+    book over them too, as `closed_book_em_of_oracle_questions`; where none does, these metrics are absent. Where some
+    questions have no answer, EM and F1 of these and of the others stand beside the total, and only the others' answers are
+    looked for in passages.
     """
     rag.eval()
+    rules = rules or Rules()
     device = next(rag.parameters()).device
     golds = list(questions["answers"])
     examples = rag.examples(list(questions["question"]), [answers[0] for answers in golds], hits).to(device)
 
     started = time.perf_counter()
-    depth = max(*RECALL_DEPTHS, rag.n_docs)
+    depths = depths_of(settings)
+    depth = max(*depths, RANKED, rag.n_docs)
     found = retrieve(rag, examples, depth, settings.batch_size)
     rows = found.rows[:, : rag.n_docs]
     prior = marginalization.log_prior(found.scores[:, : rag.n_docs])
     answers = list(answer(rag, examples, rows, prior, settings, marginal, "answer", reading=reading))
     seconds = time.perf_counter() - started
 
-    known = [index for index, gold in enumerate(gold_rows) if gold]
+    known = [index for index, gold in enumerate(gold_passages) if gold]
     none = torch.zeros((len(examples), 1), device=device)
     closed = list(answer(rag, examples, none.long() - 1, none, settings, marginal, "closed book"))
-    oracle_rows = torch.tensor([[gold[0] if gold else -1] for gold in gold_rows], device=device)
+    oracle_rows = torch.tensor([[max(gold, key=gold.get) if gold else -1] for gold in gold_passages], device=device)
     oracle = list(answer(rag, examples, oracle_rows, none, settings, marginal, "gold passage", known)) if known else []
 
     found_rows = found.rows.tolist()
-    by_id = [[row in gold_rows[index] for row in found_rows[index]] for index in known]
+    by_id = [[row in gold_passages[index] for row in found_rows[index]] for index in known]
     texts = [[passages[row] if row >= 0 else None for row in some[: rag.n_docs]] for some in found_rows]
-    by_string = list(hits_with_answers(passages, found_rows, golds))
+    sought = [rules.sought(gold) for gold in golds]
+    by_string = list(hits_with_answers(passages, found_rows, sought, rules.patterns))
+    answerable = [index for index, gold in enumerate(sought) if gold]
     alone = flags_alone(
-        rag,
-        examples,
-        gold_rows,
-        lambda rows: hits_with_answers(passages, rows, golds),
-        RECALL_DEPTHS,
+        rag, examples, gold_passages, lambda rows: hits_with_answers(passages, rows, sought, rules.patterns), depths,
         settings.batch_size,
-    )
-    gold_known = [golds[index] for index in known]
+    )  # fmt: skip
+    if not known:  # then by answers, which not every question has
+        alone = [flags if some else {} for flags, some in zip(alone, sought, strict=True)]
     metrics = {
-        **_mean_scores([answer.text for answer in answers], golds, "", language),
-        **recalls(by_id, RECALL_DEPTHS),
-        **recalls(by_string, RECALL_DEPTHS, "answer_"),
+        **_mean_scores([answer.text for answer in answers], golds, rules),
+        **_by_answerability([answer.text for answer in answers], golds, answerable, rules),
+        **retrieval_scores(found_rows, gold_passages, depths),
+        **recalls([by_string[index] for index in answerable], depths, "answer_"),
         **recall_alone(alone),
-        **_mean_scores([answer.text for answer in oracle], gold_known, "oracle_", language),
-        **_mean_scores([answer.text for answer in closed], golds, "closed_book_", language),
+        **_mean_scores([answer.text for answer in oracle], [golds[index] for index in known], rules, "oracle_"),
+        **_mean_scores([answer.text for answer in closed], golds, rules, "closed_book_"),
         **_mean_scores(
-            [closed[index].text for index in known], gold_known, "closed_book_", language, "_of_oracle_questions"
+            [closed[index].text for index in known],
+            [golds[index] for index in known],
+            rules,
+            "closed_book_",
+            "_of_oracle_questions",
         ),
         "questions": len(questions),
         "questions_with_gold_passage": len(known),
@@ -165,7 +147,7 @@ def evaluate(
     predictions = [
         prediction_row(
             questions[index], given, passages_of(given, prior[index], texts[index]), flags.get(index), by_string[index],
-            with_gold.get(index), closed[index], language,
+            with_gold.get(index), closed[index], rules,
         ) | {"alone": alone[index]}
         for index, given in enumerate(answers)
     ]  # fmt: skip
@@ -174,7 +156,7 @@ def evaluate(
 
 def prediction_row(
     question: dict, given: Answer, passages: list[dict], is_gold: list[bool] | None, has_answer: list[bool],
-    oracle: Answer | None, closed: Answer, language: str = "en",
+    oracle: Answer | None, closed: Answer, rules: Rules,
 ) -> dict:  # fmt: skip
     """A row of the predictions file. The flags are those of the passages found, which go on behind those read.
 
@@ -182,7 +164,7 @@ def prediction_row(
     `has_answer`. `gold_rank`, `answer_rank`: place of the first such passage from 1, None where it is not among those found.
     """
     golds = question["answers"]
-    scores = scored(given.text, golds, language)
+    scores = scored(given.text, golds, rules)
     rank = rank_of(has_answer if is_gold is None else is_gold)
     return {
         "id": question["id"],
@@ -191,8 +173,8 @@ def prediction_row(
         **scores,
         "kind": kind_of(scores["em"], scores["f1"], rank, len(passages)),
         "log_prob": given.log_prob,
-        "with_gold_passage": oracle and scored(oracle.text, golds, language),
-        "without_passage": scored(closed.text, golds, language),
+        "with_gold_passage": oracle and scored(oracle.text, golds, rules),
+        "without_passage": scored(closed.text, golds, rules),
         "gold_known": is_gold is not None,
         "gold_rank": is_gold and rank,
         "answer_rank": rank_of(has_answer),
@@ -203,12 +185,8 @@ def prediction_row(
     }
 
 
-def scored(prediction: str, golds: list[str], language: str) -> dict:
-    return {
-        "prediction": prediction,
-        "em": scoring.exact_match(prediction, golds, language),
-        "f1": scoring.f1(prediction, golds, language),
-    }
+def scored(prediction: str, golds: list[str], rules: Rules) -> dict:
+    return {"prediction": prediction, "em": rules.exact_match(prediction, golds), "f1": rules.f1(prediction, golds)}
 
 
 def passages_of(given: Answer, prior: Tensor, texts: list[dict | None]) -> list[dict]:
@@ -221,13 +199,27 @@ def passages_of(given: Answer, prior: Tensor, texts: list[dict | None]) -> list[
     ]
 
 
+def _by_answerability(
+    predictions: list[str], golds: list[list[str]], answerable: list[int], rules: Rules
+) -> dict[str, float]:
+    """SQuAD 2's HasAns and NoAns lines; empty where every question has an answer."""
+    unanswerable = sorted(set(range(len(golds))) - set(answerable))
+    if not unanswerable:
+        return {}
+    parts = {"has_ans_": answerable, "no_ans_": unanswerable}
+    scores = {"questions_without_answer": len(unanswerable)}
+    for prefix, chosen in parts.items():
+        scores |= _mean_scores([predictions[at] for at in chosen], [golds[at] for at in chosen], rules, prefix)
+    return scores
+
+
 def _mean_scores(
-    predictions: list[str], golds: list[list[str]], prefix: str, language: str, suffix: str = ""
+    predictions: list[str], golds: list[list[str]], rules: Rules, prefix: str = "", suffix: str = ""
 ) -> dict[str, float]:
     pairs = list(zip(predictions, golds, strict=True))
     if not pairs:
         return {}
     return {
-        f"{prefix}{name}{suffix}": 100.0 * sum(score(*pair, language) for pair in pairs) / len(pairs)
-        for name, score in (("em", scoring.exact_match), ("f1", scoring.f1))
+        f"{prefix}{name}{suffix}": 100.0 * sum(score(*pair) for pair in pairs) / len(pairs)
+        for name, score in (("em", rules.exact_match), ("f1", rules.f1))
     }

@@ -1,5 +1,6 @@
 """Relevance judgements: which passages answer a question, by ids (TREC's qrels, MS MARCO's, BEIR's)."""
 
+import math
 from collections.abc import Iterator
 
 from stages.reading.files import COLUMNS, TEXT, open_table
@@ -13,26 +14,25 @@ ANY_END = ("",)  # qrels go by any extension
 
 
 def read_judgements(names: list[str], key: str) -> dict[str, list[Positive]]:
-    """Positives by question id: the passages with a score above 0. Raises ValueError for lines that are no judgement.
+    """Positives by question id: the passages with a score above 0, their grade.
 
     Read are TREC's four columns (question, 0, passage, score), BEIR's three under a header or not, and such rows as JSON
-    lines, Parquet or Arrow.
+    lines, Parquet or Arrow. Raises ValueError for lines that are no judgement.
     """
     judged: dict[str, dict[str, Positive]] = {}
     for file in find_files(names, key, ANY_END):
         for line, question, passage, score in _judgements(file, key):
             try:
-                ids = text_of(question, "id"), text_of(passage, "id")
-                positive = float(score) > 0
+                ids, grade = (text_of(question, "id"), text_of(passage, "id")), float(score)
             except (Unusable, ValueError, TypeError):
-                ids, positive = ("", ""), False
-            if not all(ids):
+                ids, grade = ("", ""), 0.0
+            if not all(ids) or not math.isfinite(grade):
                 raise ValueError(
                     f"{file.path}:{line}: no judgement; a line is question, 0, passage, score (TREC) or question, passage, "
                     "score (BEIR)"
                 )
-            if positive:
-                judged.setdefault(ids[0], {})[ids[1]] = Positive((ids[1],), (), repr(passage))
+            if grade > 0:
+                judged.setdefault(ids[0], {})[ids[1]] = Positive((ids[1],), (), repr(passage), grade=grade)
     if not judged:
         raise ValueError(f"{key}: {', '.join(names)} holds no judgement with a score above 0")
     return {question: list(passages.values()) for question, passages in judged.items()}

@@ -80,18 +80,18 @@ def settle(questions: Iterable[dict], ids: PassageIds, report: Report) -> None:
     sought, met, example = 0, 0, None
     for question in questions:
         file, place = question["file"], f"{question['file']}:{question['line']}"
-        kept, missed = [], None
+        kept, missed = {}, None
         for positive in question["positives"]:
             found = next((name for name in positive.ids if name in ids.found), None)
             found = found or next((ids.by_key[key] for key in positive.keys if key in ids.by_key), None)
             sought, met = sought + (not positive.sure), met + (not positive.sure and found is not None)
             if found:
-                kept.append(found)
+                kept[found] = max(positive.grade, kept.get(found, 0.0))
             elif positive.sure:
                 missed = missed or positive.shown
             else:
                 example = example or f"{place}: {positive.shown}"
-        question["positive_ids"] = list(dict.fromkeys(kept))
+        question["positive_ids"], question["grades"] = list(kept), list(kept.values())
         named[file] += any(positive.sure for positive in question["positives"])
         known[file] += bool(kept)
         if missed:

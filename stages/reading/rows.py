@@ -37,12 +37,13 @@ Names = dict[str, tuple[str, ...]]
 
 def read_questions(
     tables: Iterable[Table], fields: Fields, split: str, report: Report, *, separator: str | None = None,
-    unanswerable: str | None = None, judged: dict[str, list[Positive]] | None = None,
+    unanswerable: str | None = None, patterns: bool = False, judged: dict[str, list[Positive]] | None = None,
 ) -> list[dict]:  # fmt: skip
     """The usable questions of a split's files: {id, question, answers, positives} and, for messages, {file, line}.
 
     Ids are made up where there are none. Answers may be missing, as a field, where positives are named. `unanswerable`:
-    the answer of questions without one. `judged`: positives by question id; only questions that it names are kept.
+    the answer of questions without one. `patterns`: answers are regular expressions. `judged`: positives by question id;
+    only questions that it names are kept.
     """
     questions, told, counts = [], Told(), Counter()
     for table in tables:
@@ -62,7 +63,7 @@ def read_questions(
                     counts["unjudged"] += 1
                     continue
                 question = needed(text_of(_value(row, names["question"]), "question"), "question")
-                answers = answers_of(_value(row, names["answers"]), cells)
+                answers = answers_of(_value(row, names["answers"]), cells, patterns)
                 if not answers and unanswerable:
                     answers = [unanswerable]
                 elif not answers and answered and form and form.sparse:
@@ -215,7 +216,8 @@ def _passage_names(
     if not with_ids and not ids.dispensable():
         raise ValueError(
             f"{table.name}:{line}: no field {names['passage_id'][0]}, but questions name positive passages by id, e.g. "
-            f"{ids.example}; there are: {', '.join(map(str, row))[:200]}; set data.fields.passage_id"
+            f"{ids.example}; there are: {', '.join(map(str, row))[:200]}; set data.fields.passage_id, or take the "
+            "positives out of the questions where passages have no ids"
         )
     return names, with_ids
 

@@ -5,6 +5,7 @@ import re
 import unicodedata
 from typing import NamedTuple
 
+from stages.corpus.patterns import compiled
 from stages.reading.literals import Ambiguous, parsed
 
 LONGEST = {"question": 10_000, "answer": 1_000, "id": 1_000, "title": 1_000, "text": 100_000}  # characters
@@ -26,13 +27,15 @@ class Cells(NamedTuple):
 class Positive(NamedTuple):
     """A passage that answers a question: ids it may go by, in this order, or the digest of its title and text.
 
-    `shown`: as the file has it; `sure`: it must be in the corpus, while KILT's pages and contexts of other corpora need not.
+    `shown`: as the file has it; `sure`: it must be in the corpus, while KILT's pages and contexts of other corpora need not;
+    `grade`: how well it answers, above 0.
     """
 
     ids: tuple[str, ...] = ()
     keys: tuple[bytes, ...] = ()
     shown: str = ""
     sure: bool = True
+    grade: float = 1.0
 
 
 def text_of(value, what: str, cells: Cells | None = None) -> str:
@@ -88,19 +91,30 @@ def list_of(value, what: str, cells: Cells | None = None) -> list:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def answers_of(value, cells: Cells | None = None) -> list[str]:
-    """Different answers of a question: texts, numbers, objects that hold such (SQuAD's text, KILT's answer). Raises Unusable."""
+def answers_of(value, cells: Cells | None = None, patterns: bool = False) -> list[str]:
+    """Different answers of a question: texts, numbers, objects that hold such (SQuAD's text, KILT's answer). Raises Unusable.
+
+    `patterns`: they are regular expressions; "[ab]c" is then one of them, a list written as text only in a table.
+    """
     texts: list[str] = []
+    if patterns and isinstance(value, str) and cells is None:
+        value = [value]
     for item in list_of(value, "answers", cells):
         if isinstance(item, dict):
             named = [item[name] for name in ANSWER_NAMES if name in item]
             if not named and "provenance" not in item:
                 raise Unusable("answers is dict, not text or a list of texts")
             for one in named:
-                texts += answers_of(one)
+                texts += answers_of(one, None, patterns)
         else:
             texts.append(text_of(item, "answer", cells))
-    return list(dict.fromkeys(filter(None, texts)))
+    texts = list(dict.fromkeys(filter(None, texts)))
+    for text in texts if patterns else ():
+        try:
+            compiled(text)
+        except ValueError as reason:
+            raise Unusable(f"an answer: {reason}") from None
+    return texts
 
 
 def positives_of(value, cells: Cells | None = None) -> list[Positive]:

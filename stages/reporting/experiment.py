@@ -30,6 +30,11 @@ class Experiment:
     settings: dict[str, str]
 
     @property
+    def answered(self) -> bool:
+        """Whether the questions have answers; without them retrieval alone was measured."""
+        return not self.rows or self.rows[0]["em"] is not None
+
+    @property
     def n_docs(self) -> int:
         """Most passages that an answer was read from."""
         return max((len(row["passages"]) for row in self.rows), default=0)

@@ -12,7 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from stages.evaluation.errors import KINDS
+from stages.evaluation.errors import FOUND_KINDS, KINDS
 from stages.reporting import charts, statistics
 from stages.reporting.experiment import Experiment
 
@@ -23,7 +23,8 @@ RETRIEVAL = {"entropy of the prior": "prior_entropy", "distinct passages of a ba
 
 def one_page(experiment: Experiment, verdicts: Iterable) -> str:
     """`verdicts`: signs with `good` (None: not measurable), `finding` and `remedy`."""
-    by_kind = {kind: [row for row in experiment.rows if row["kind"] == kind] for kind in KINDS}
+    meanings = KINDS if experiment.answered else FOUND_KINDS
+    by_kind = {kind: [row for row in experiment.rows if row["kind"] == kind] for kind in meanings}
     return environment().get_template("one.html").render(
         experiment=experiment,
         verdicts=list(verdicts),
@@ -33,19 +34,25 @@ def one_page(experiment: Experiment, verdicts: Iterable) -> str:
         errors=calibration_errors([experiment]),
         kinds=[
             {
-                "name": kind, "meaning": KINDS[kind], "count": len(rows), "examples": spread(rows, EXAMPLES),
+                "name": kind, "meaning": meanings[kind], "count": len(rows), "examples": spread(rows, EXAMPLES),
                 "given_gold": statistics.proportion(
                     [row["with_gold_passage"]["em"] for row in rows if row.get("with_gold_passage")]
                 ),
                 "probability": sum(probability for probability, _ in answer_pairs(rows)) / max(1, len(rows)),
             }
-            for kind, rows in sorted(by_kind.items(), key=lambda item: (item[0] == "right", -len(item[1])))
+            for kind, rows in sorted(by_kind.items(), key=lambda item: (item[0] in ("right", "found first"), -len(item[1])))
         ],
     )  # fmt: skip
 
 
 def two_page(first: Experiment, second: Experiment, verdicts: list[Iterable]) -> str:
-    """Two experiments side by side; raises ValueError where they share no question."""
+    """Two experiments side by side; raises ValueError where they share no question, or one has no answers."""
+    for one in (first, second):
+        if not one.answered:
+            raise ValueError(
+                f"{one.name}: its questions have no answers to lay side by side; compare by `dvc metrics diff {first.name} "
+                f"{second.name}`"
+            )
     pairs = shared_questions(first, second)
     if not pairs:
         raise ValueError(f"{first.name} and {second.name} have no question in common: nothing to compare")
@@ -116,6 +123,12 @@ def _alone(search: str, k: int, row: dict) -> bool | None:
     return found.get(f"{search}_recall_at_{k}", found.get(f"{search}_answer_recall_at_{k}"))
 
 
+def _reciprocal(row: dict) -> float | None:
+    if not row["gold_known"]:
+        return None
+    return 1 / row["gold_rank"] if row["gold_rank"] and row["gold_rank"] <= 10 else 0.0
+
+
 def _beside(line: str, score: str, row: dict) -> float | None:
     return row[line][score] if row.get(line) else None
 
@@ -136,6 +149,7 @@ SCORES = [
         for name, key in (("dense", "dense"), ("BM25", "bm25"))
         for k in (1, 5, 20)
     ],
+    ("MRR@10", "one over the place of the first gold passage, 0 behind the tenth", _reciprocal),
     ("EM, gold passage given", "reading alone", lambda row: _beside("with_gold_passage", "em", row)),
     ("EM, no passage", "what the generator knows by heart", lambda row: _beside("without_passage", "em", row)),
 ]  # fmt: skip
@@ -185,16 +199,17 @@ def all_charts(experiments: list[Experiment]) -> dict[str, Markup]:
     # Two curves an experiment: its colour, the second one broken.
     colours = charts.COLOURS if not several else [colour for colour in charts.COLOURS[:2] for _ in range(2)]
     drawn = {
-        "rank": charts.em_by_rank(of_each(lambda one: statistics.by_rank(one.rows, one.n_docs))),
         "kinds": charts.kinds(of_each(count_kinds)),
         "prior": charts.reliability(
             of_each(lambda one: statistics.calibration(prior_pairs(one.rows))), "prior of a passage",
             "share that is the gold passage",
         ),
-        "answers": charts.reliability(
-            of_each(lambda one: statistics.calibration(answer_pairs(one.rows))), "probability of the answer", "share right (EM)",
-        ),
     }  # fmt: skip
+    if all(one.answered for one in experiments):
+        drawn["rank"] = charts.em_by_rank(of_each(lambda one: statistics.by_rank(one.rows, one.n_docs)))
+        drawn["answers"] = charts.reliability(
+            of_each(lambda one: statistics.calibration(answer_pairs(one.rows))), "probability of the answer", "share right (EM)",
+        )  # fmt: skip
     for name, chosen, label in (("loss", LOSSES, "nats a question"), ("retrieval", RETRIEVAL, "share of the maximum")):
         if series := curves(chosen):
             broken = tuple(line for line in series if several and line.endswith(list(chosen)[1]))
@@ -204,7 +219,7 @@ def all_charts(experiments: list[Experiment]) -> dict[str, Markup]:
 
 def count_kinds(experiment: Experiment) -> dict[str, int]:
     counts = Counter(row["kind"] for row in experiment.rows)
-    return {kind: counts[kind] for kind in KINDS}
+    return {kind: counts[kind] for kind in (KINDS if experiment.answered else FOUND_KINDS)}
 
 
 def calibration_errors(experiments: list[Experiment]) -> dict[str, list[float]]:
@@ -225,8 +240,8 @@ def prior_pairs(rows: list[dict]) -> list[tuple[float, bool]]:
 
 
 def answer_pairs(rows: list[dict]) -> list[tuple[float, bool]]:
-    """(probability of the answer, is it right)."""
-    return [(math.exp(min(0.0, row["log_prob"])), bool(row["em"])) for row in rows]
+    """(probability of the answer, is it right) of those that were answered."""
+    return [(math.exp(min(0.0, row["log_prob"])), bool(row["em"])) for row in rows if row["em"] is not None]
 
 
 def environment() -> Environment:

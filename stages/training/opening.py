@@ -10,7 +10,7 @@ from transformers import DPRContextEncoder
 from stages.bm25.hits import read_hits
 from stages.compute import ranks
 from stages.compute.precision import mixed_precision
-from stages.corpus.arrow import check_answered, read_rows
+from stages.corpus.arrow import read_rows
 from stages.encoders.encoder import load_encoder
 from stages.encoders.mining import tokenize_passages
 from stages.generation.lora import QUANTIZED, add_lora, loading
@@ -27,6 +27,7 @@ from stages.storage.outside_files import find
 from stages.training import fsdp
 from stages.training.index_refresh import check_ranks
 from stages.training.skipped_steps import Skips
+from stages.training.targets import POSITIVES, aimed
 from stages.training.trainer import Trainer
 from stages.training.workplace import Workplace
 
@@ -56,6 +57,7 @@ def inputs_of(params: Params) -> list[Path]:
     ranking = params.models.reranker or params.retriever.learn_weights
     return [
         PREPARED, TOKENS, *(RETRIEVER / encoder for encoder in encoders), VECTORS, INDEX,
+        *([POSITIVES] if params.data.answers_are == "regex" else []),
         *([LEXICAL] if params.retriever.hybrid_depth else []), *([RERANKER] if ranking else []),
         *(file for file in generator if file.exists()),
     ]  # fmt: skip
@@ -110,19 +112,27 @@ def build_rag(
     return rag, precision
 
 
-def open_examples(params: Params, rag: Rag, rows: dict[str, Dataset]) -> dict[str, Examples]:
-    """Both splits' questions with their answers (validation's: the first) and, where retrieval is hybrid, their hits."""
+def open_examples(
+    params: Params, rag: Rag, rows: dict[str, Dataset]
+) -> tuple[dict[str, Examples], dict[str, list[str]]]:
+    """Both splits' questions with their answers (validation's: the first) and, where retrieval is hybrid, their hits.
+
+    Beside them the questions' ids.
+    """
+    names = {}
     examples = {}
     for split in SPLITS:
-        some = rows[split]
-        hits = read_hits(LEXICAL, split, params.retriever.hybrid_depth, len(some), len(rows["passages"]))
-        check_answered(some, f"{PREPARED / split}.arrow")
+        questions = rows[split]
+        hits = read_hits(LEXICAL, split, params.retriever.hybrid_depth, len(questions), len(rows["passages"]))
+        some, kept = aimed(params.data, split, rows)
+        hits = hits and hits.select(torch.tensor(kept))
+        names[split] = list(some["id"])
         if split == "train" and params.train.answers == "drawn":
             answers = [list(dict.fromkeys(answers)) for answers in some["answers"]]
         else:
             answers = [answers[0] for answers in some["answers"]]
         examples[split] = rag.examples(list(some["question"]), answers, hits)
-    return examples
+    return examples, names
 
 
 def make_trainer(params: Params, rag: Rag, precision: str, workplace: Workplace, names: list[str]) -> Trainer:

@@ -30,7 +30,8 @@ READ = {
     "question encoder",
 }
 SAID = {
-    "em": "EM", "f1": "F1", "recall_at_1": "recall@1", "recall_at_5": "recall@5", "answer_recall_at_5": "answer recall@5",
+    "em": "EM", "f1": "F1", "recall_at_1": "recall@1", "recall_at_5": "recall@5", "mrr_at_10": "MRR@10",
+    "ndcg_at_10": "nDCG@10", "answer_recall_at_5": "answer recall@5",
     "dense_recall_at_1": "recall@1 of dense search alone", "dense_recall_at_5": "recall@5 of dense search alone",
     "bm25_recall_at_1": "recall@1 of BM25 alone", "bm25_recall_at_5": "recall@5 of BM25 alone",
     "oracle_em": "EM with the gold passage given", "closed_book_em": "EM with no passage",
@@ -64,7 +65,7 @@ def model_card(name: str, trained: dict, scores: dict[str, dict], loader: tuple[
         })]  # fmt: skip
     else:
         lines += ["Not evaluated, or not since the last change.", ""]
-    if training:
+    if training and "val_loss_per_sequence" in training:
         lines += [
             f"Validation loss {training['val_loss_per_sequence']:.3f} nats a question "
             f"({training['val_loss_before_training']:.3f} before training), after {training['steps']:.0f} steps and "

@@ -16,12 +16,11 @@ def training_text(metrics: dict[str, float], verdicts: Verdicts) -> str:
 def evaluation_text(metrics: dict[str, float], split: str, verdicts: Verdicts) -> str:
     """Of an evaluation; what was not measured is left out."""
     names = {
-        "recall_at_1": "recall@1", "recall_at_5": "recall@5", "answer_recall_at_5": "answer recall@5",
+        "recall_at_1": "recall@1", "recall_at_5": "recall@5", "mrr_at_10": "MRR@10", "ndcg_at_10": "nDCG@10",
+        "answer_recall_at_5": "answer recall@5", "has_ans_f1": "F1 of those with an answer", "no_ans_f1": "of those without",
         "dense_recall_at_5": "recall@5 of dense search alone", "bm25_recall_at_5": "recall@5 of BM25 alone",
         "oracle_em": "EM with the gold passage", "closed_book_em": "EM without a passage",
     }  # fmt: skip
     more = ", ".join(f"{said} {metrics[name]:.1f}" for name, said in names.items() if name in metrics)
-    return (
-        f"EM {metrics['em']:.1f}, F1 {metrics['f1']:.1f} on {metrics['questions']:.0f} {split} questions; {more}."
-        f"\n\n```\n{verdicts.text}\n```"
-    )
+    answers = f"EM {metrics['em']:.1f}, F1 {metrics['f1']:.1f}" if "em" in metrics else "Retrieval alone"
+    return f"{answers} on {metrics['questions']:.0f} {split} questions; {more}.\n\n```\n{verdicts.text}\n```"

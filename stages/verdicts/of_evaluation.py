@@ -8,8 +8,21 @@ def evaluation_signs(metrics: dict[str, float], limits: Signs) -> Verdicts:
     """Verdicts from an evaluation's metrics.
 
     Whether passages are read shows on the questions that name a gold passage, with it and without; where none does, on
-    nothing.
+    nothing. Of questions without answers only whether passages were found is judged.
     """
+    signs = _of_answers(metrics, limits) if "em" in metrics else [Sign("em", None, "EM: no question has an answer", "")]
+    if count := metrics.get("questions_without_passages"):
+        signs.append(
+            Sign(
+                "finds_passages", False,
+                f"{count} of {metrics['questions']} questions found no passage and were answered from themselves alone",
+                "raise index.nprobe or index.ef_search, or take index.factory: Flat",
+            )
+        )  # fmt: skip
+    return Verdicts(signs)
+
+
+def _of_answers(metrics: dict[str, float], limits: Signs) -> list[Sign]:
     em = metrics["em"]
     recall = "recall_at_5" if "recall_at_5" in metrics else "answer_recall_at_5"
     causes = (
@@ -25,12 +38,4 @@ def evaluation_signs(metrics: dict[str, float], limits: Signs) -> Verdicts:
         signs.append(Sign("reads_passages", given > closed, finding, remedy))
     else:
         signs.append(Sign("reads_passages", None, "EM with the gold passage: no question names one", remedy))
-    if count := metrics.get("questions_without_passages"):
-        signs.append(
-            Sign(
-                "finds_passages", False,
-                f"{count} of {metrics['questions']} questions found no passage and were answered from themselves alone",
-                "raise index.nprobe or index.ef_search, or take index.factory: Flat",
-            )
-        )  # fmt: skip
-    return Verdicts(signs)
+    return signs

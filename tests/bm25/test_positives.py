@@ -88,7 +88,7 @@ def test_questions_that_name_none_get_one_where_a_warm_up_reads_it(project, retr
 
 def test_few_positives_are_told_with_an_example(project, capsys, monkeypatch):
     monkeypatch.setattr(
-        positives, "hits_with_answers", lambda passages, hits, answers: [[False] * len(row) for row in hits]
+        positives, "hits_with_answers", lambda passages, hits, answers, patterns: [[False] * len(row) for row in hits]
     )
     assert project({"steps": 3})["train"] == []
     said = capsys.readouterr().out
@@ -112,9 +112,9 @@ def test_without_a_warm_up_nothing_is_searched(project, monkeypatch):
 def test_forks_share_the_search_of_the_stage(project, monkeypatch):
     asked = []
 
-    def noted(passages, questions, answers, depth, processes, language):
+    def noted(passages, questions, answers, depth, processes, language, patterns):
         asked.append(processes)
-        return find_positives(passages, questions, answers, depth, processes, language)
+        return find_positives(passages, questions, answers, depth, processes, language, patterns)
 
     monkeypatch.setattr(positives, "find_positives", noted)
     project({"steps": 3})

@@ -124,7 +124,13 @@ def test_validation_and_decoding_in_halves_give_the_same(capsys):
     found, again = retrieve(plain, examples, 3, 8), retrieve(scarce, examples, 3, 8)
     assert torch.equal(found.rows, again.rows)
     settings = Evaluate(
-        split="test", num_samples=None, decoding="thorough", num_beams=2, batch_size=8, precision="fp32"
+        split="test",
+        num_samples=None,
+        decoding="thorough",
+        num_beams=2,
+        batch_size=8,
+        precision="fp32",
+        further_depths=[],
     )
     prior = log_prior(found.scores)
     expected = [one.text for one in answer(plain, examples, found.rows, prior, settings, "sequence", "")]

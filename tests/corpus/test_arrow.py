@@ -28,8 +28,8 @@ def test_round_trip_from_a_generator(tmp_path):
 
 def test_questions_keep_their_lists(tmp_path):
     rows = [
-        {"id": "1", "question": "Who?", "answers": ["a", "b"], "positive_ids": []},
-        {"id": "2", "question": "Où?", "answers": ["c"], "positive_ids": ["p1", "p2"]},
+        {"id": "1", "question": "Who?", "answers": ["a", "b"], "positive_ids": [], "grades": None},
+        {"id": "2", "question": "Où?", "answers": ["c"], "positive_ids": ["p1", "p2"], "grades": [2.0, 0.5]},
     ]
     write_rows(tmp_path / "q.arrow", QUESTIONS, rows)
     assert list(read_rows(tmp_path / "q.arrow")) == rows

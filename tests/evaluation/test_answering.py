@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 
 from stages.compute.precision import cast_weights, generator_dtype
-from stages.corpus.arrow import gold_rows
+from stages.corpus.arrow import gold_grades
 from stages.evaluate import summary
 from stages.evaluation.answering import answer, evaluate, retrieve
 from stages.generation import marginalization
@@ -14,7 +14,9 @@ from stages.verdicts.of_evaluation import evaluation_signs
 from tests.rag.test_model import lose
 from tests.tiny_rag import ANSWERS, QUESTIONS, TEXTS, TITLES, tiny_rag
 
-SETTINGS = Evaluate(split="test", num_samples=None, decoding="thorough", num_beams=2, batch_size=4, precision="fp32")
+SETTINGS = Evaluate(
+    split="test", num_samples=None, decoding="thorough", num_beams=2, batch_size=4, precision="fp32", further_depths=[]
+)
 PASSAGES = Dataset.from_list([{"id": f"p{i}", "title": TITLES[i], "text": TEXTS[i]} for i in range(9)])
 ASKED = Dataset.from_list(
     [
@@ -22,11 +24,11 @@ ASKED = Dataset.from_list(
         for i in range(9)
     ]
 )
-GOLD_ROWS = gold_rows(ASKED, PASSAGES)
+GOLD = gold_grades(ASKED, PASSAGES)
 
 
 def run(rag, **changes):
-    return evaluate(rag, ASKED, PASSAGES, GOLD_ROWS, SETTINGS.model_copy(update=changes), "sequence")
+    return evaluate(rag, ASKED, PASSAGES, GOLD, SETTINGS.model_copy(update=changes), "sequence")
 
 
 def test_the_lines_of_a_small_evaluation():
@@ -46,7 +48,7 @@ def test_the_lines_of_a_small_evaluation():
 
 def test_what_needs_a_gold_passage_is_measured_over_the_questions_that_name_one():
     metrics, predictions = run(tiny_rag())
-    alone = evaluate(tiny_rag(), ASKED.select(range(7)), PASSAGES, GOLD_ROWS[:7], SETTINGS, "sequence")[0]
+    alone = evaluate(tiny_rag(), ASKED.select(range(7)), PASSAGES, GOLD[:7], SETTINGS, "sequence")[0]
     assert metrics["closed_book_f1_of_oracle_questions"] == pytest.approx(alone["closed_book_f1"])
     assert metrics["oracle_f1"] == pytest.approx(alone["oracle_f1"])
     assert alone["closed_book_f1_of_oracle_questions"] == alone["closed_book_f1"]
@@ -60,14 +62,14 @@ def test_without_gold_passages_there_are_no_such_metrics_and_nothing_is_decoded_
         return answer(*arguments, **named)
 
     monkeypatch.setattr("stages.evaluation.answering.answer", watched)
-    metrics, _ = evaluate(tiny_rag(), ASKED, PASSAGES, [[]] * 9, SETTINGS, "sequence")
+    metrics, _ = evaluate(tiny_rag(), ASKED, PASSAGES, [{}] * 9, SETTINGS, "sequence")
     assert decoded == ["answer", "closed book"]
     assert not [name for name in metrics if name.startswith(("recall", "oracle")) or "of_oracle" in name]
     assert {"em", "f1", "answer_recall_at_5", "closed_book_em"} <= metrics.keys()
     assert metrics["questions_with_gold_passage"] == 0
     assert evaluation_signs(metrics, load_params().signs).tags["sign.reads_passages"] == "n/a"
     assert "answer recall@5" in summary(metrics, "test") and "gold passage" not in summary(metrics, "test")
-    named = evaluate(tiny_rag(), ASKED, PASSAGES, GOLD_ROWS, SETTINGS, "sequence")[0]
+    named = evaluate(tiny_rag(), ASKED, PASSAGES, GOLD, SETTINGS, "sequence")[0]
     assert decoded[2:] == ["answer", "closed book", "gold passage"]
     assert ", recall@5" in summary(named, "test") and "gold passage given: EM" in summary(named, "test")
 
@@ -78,7 +80,7 @@ def test_a_question_without_passages_gets_its_closed_book_answer_and_is_counted(
     rag = tiny_rag()
     lose(rag)
     settings = SETTINGS.model_copy(update={"batch_size": 9, "decoding": decoding})
-    metrics, predictions = evaluate(rag, ASKED, PASSAGES, GOLD_ROWS, settings, marginal)
+    metrics, predictions = evaluate(rag, ASKED, PASSAGES, GOLD, settings, marginal)
     assert metrics["questions_without_passages"] == 1
     assert predictions[0]["passages"] == [] and len(predictions[1]["passages"]) == 3
     examples = rag.examples(QUESTIONS[:1], ANSWERS[:1])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from stages.corpus import answers as answers_module
 from stages.corpus.answers import contains_answer, hits_with_answers, normalize_answer
 from stages.corpus.recall import recall_at, recalls
-from stages.evaluation.scoring import exact_match, f1
+from stages.evaluation.scoring import Rules, exact_match, f1
 
 
 @pytest.mark.parametrize(
@@ -150,3 +150,33 @@ def test_recall():
 
 def test_a_recall_of_no_question_is_absent_and_not_0():
     assert recalls([], (1, 5)) == {} and recalls([[False]], (1,), "answer_") == {"answer_recall_at_1": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "em", "f1_score"),
+    [
+        ("No answer.", ["no answer"], 1, 1),  # the gold is none, the prediction says so
+        ("", ["no answer"], 1, 1),
+        ("the", ["no answer"], 1, 1),  # nothing is left of it, as in SQuAD 2.0's script
+        ("an answer", ["no answer"], 0, 0),  # a word in common is no part of an answer
+        ("no answer", ["answer one"], 0, 0),  # none, where there is one
+        ("answer", ["answer one", "one"], 0, 2 / 3),
+        ("one", ["answer one", "one"], 1, 1),
+    ],
+)
+def test_unanswerable_questions_score_as_squad_2_has_them(prediction, answers, em, f1_score):
+    for patterns in (False, True):
+        rules = Rules("en", "no answer", patterns)
+        assert rules.exact_match(prediction, answers) == em
+        if not patterns:
+            assert rules.f1(prediction, answers) == pytest.approx(f1_score)
+    plain = Rules("en")
+    assert plain.exact_match("no answer", ["no answer"]) == 1 and plain.exact_match("", ["no answer"]) == 0
+    assert rules.sought(["no answer"]) == [] and plain.sought(["no answer"]) == ["no answer"]
+
+
+def test_patterns_score_as_drqa_has_them():
+    rules = Rules(patterns=True)
+    assert rules.exact_match("New York City", [r"new\s?york"]) == rules.f1("New York City", [r"new\s?york"]) == 1
+    assert rules.exact_match("in New York", [r"new\s?york", "york"]) == rules.f1("in New York", [r"new\s?york"]) == 0
+    assert rules.exact_match("1931", [r"\d{4}$"]) == 1 and rules.exact_match("19312", [r"\d{4}$"]) == 0

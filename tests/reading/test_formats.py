@@ -87,8 +87,9 @@ def test_the_readme_s_questions(prepared, name, file, excerpt, parameters):
     )
     question = questions[0]
     without_answers = any("qrels" in one for one in parameters)
+    answers = ["T[aeiou]rn"] if "data.answers_are: regex" in parameters else ["Tarn"]
     assert question["question"] == ASKED["question"]
-    assert question["answers"] == ([] if without_answers else ["Tarn"])
+    assert question["answers"] == ([] if without_answers else answers)
     # What names no positive gets the one that BM25 finds: the same.
     assert question["positive_ids"] == ["7"]
     assert len(questions) == (1 if "qa.csv" not in file else 2)
@@ -229,3 +230,40 @@ def test_a_made_up_id_is_never_meant(prepared):
     )
     questions, _, said = prepared()
     assert questions[0]["positive_ids"] == ["2"] and "0 of 1 named contexts" in said
+
+
+def test_judgements_grade_and_the_best_grade_of_a_passage_counts(prepared):
+    write_rows("queries.jsonl", [{"_id": "q1", "text": "valley of Orven?"}])
+    write("qrels.txt", ["q1 0 3 1", "q1 0 7 3", "q1 0 9 2"])
+    changes = {"data.files.train": "queries.jsonl", "data.qrels.train": "qrels.txt"}
+    [question], _, said = prepared(**changes)
+    assert (
+        question["positive_ids"] == ["3", "7"]
+        and question["grades"] == [1.0, 3.0]
+        and "unknown positive id '9'" in said
+    )
+    write("qrels.txt", ["q1 0 7 nan"])
+    with pytest.raises(SystemExit, match="qrels.txt:1: no judgement"):
+        prepared(**changes)
+
+
+def test_patterns_are_checked_where_they_stand(prepared):
+    asked = [
+        {"question": f"{place}?", "answers": [one]} for place, one in enumerate(["T[ae]rn", "(Tarn", "[ab]c", "[0-9"])
+    ]
+    write_rows("train.jsonl", asked)
+    changes = {"data.answers_are": "regex", "data.max_unusable": 0.6}
+    questions, _, _ = prepared(**changes)
+    assert [question["answers"] for question in questions] == [["T[ae]rn"], ["[ab]c"]]
+    listed = [json.loads(line) for line in Path("data/unusable.jsonl").read_text().splitlines()]
+    assert [row["line"] for row in listed] == [2, 4]
+    assert "'(Tarn' is no regular expression: missing )" in listed[0]["reason"]
+    with pytest.raises(SystemExit, match=r"train.jsonl:2: an answer: '\(Tarn' is no regular expression"):
+        prepared(**changes | {"data.max_unusable": 0.0})
+
+
+def test_no_passage_is_looked_for_that_holds_the_word_for_no_answer(prepared):
+    write_rows("passages.jsonl", [{"id": "7", "text": "valley of Orven: none"}])
+    write_rows("train.jsonl", [{"question": "valley of Orven?", "answers": []}])
+    [question], _, _ = prepared(**{"data.unanswerable": "none"})
+    assert question["answers"] == ["none"] and question["positive_ids"] == []

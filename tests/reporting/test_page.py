@@ -54,7 +54,7 @@ def test_the_page_of_one_experiment_holds_everything_it_shows():
     texts = assert_self_contained(page).texts
     right = sum(row["em"] for row in one.rows)
     assert f"{right:.1f}" in texts and "train longer" in page and "Expected calibration error" in page
-    assert page.count("<svg") == 10 + 5  # the scores; loss, kinds, place of the gold passage, two calibrations
+    assert page.count("<svg") == 11 + 5  # the scores; loss, kinds, place of the gold passage, two calibrations
     for kind in ("read wrong", "ranked wrong", "not found", "right"):
         assert f"{sum(row['kind'] == kind for row in one.rows)} of 100" in page
     examples = page.count('class="example"')
