@@ -94,7 +94,7 @@ def pass_on(params: Params, device, rows: dict) -> None:
         if "DVC_STAGE" in os.environ:  # else they may have run with other parameters since
             tracker.log_metrics(earlier_metrics(METRICS.parent))
         with replacing(MODEL) as (made,):
-            save_rag(rag, made, params.recipe.marginalization)
+            save_rag(rag, made, params.recipe.marginalization, params.recipe.reading)
         tracker.describe(description)
         tracker.flush()
     leave_facts(params, settings, tracker.run_id, name, called, {}, description, data)

@@ -24,11 +24,11 @@ ASKED = Dataset.from_list(
         for i in range(9)
     ]
 )
-GOLD = gold_grades(ASKED, PASSAGES)
+GOLD_ROWS = gold_grades(ASKED, PASSAGES)
 
 
 def run(rag, **changes):
-    return evaluate(rag, ASKED, PASSAGES, GOLD, SETTINGS.model_copy(update=changes), "sequence")
+    return evaluate(rag, ASKED, PASSAGES, GOLD_ROWS, SETTINGS.model_copy(update=changes), "sequence")
 
 
 def test_the_lines_of_a_small_evaluation():
@@ -48,7 +48,7 @@ def test_the_lines_of_a_small_evaluation():
 
 def test_what_needs_a_gold_passage_is_measured_over_the_questions_that_name_one():
     metrics, predictions = run(tiny_rag())
-    alone = evaluate(tiny_rag(), ASKED.select(range(7)), PASSAGES, GOLD[:7], SETTINGS, "sequence")[0]
+    alone = evaluate(tiny_rag(), ASKED.select(range(7)), PASSAGES, GOLD_ROWS[:7], SETTINGS, "sequence")[0]
     assert metrics["closed_book_f1_of_oracle_questions"] == pytest.approx(alone["closed_book_f1"])
     assert metrics["oracle_f1"] == pytest.approx(alone["oracle_f1"])
     assert alone["closed_book_f1_of_oracle_questions"] == alone["closed_book_f1"]
@@ -69,7 +69,7 @@ def test_without_gold_passages_there_are_no_such_metrics_and_nothing_is_decoded_
     assert metrics["questions_with_gold_passage"] == 0
     assert evaluation_signs(metrics, load_params().signs).tags["sign.reads_passages"] == "n/a"
     assert "answer recall@5" in summary(metrics, "test") and "gold passage" not in summary(metrics, "test")
-    named = evaluate(tiny_rag(), ASKED, PASSAGES, GOLD, SETTINGS, "sequence")[0]
+    named = evaluate(tiny_rag(), ASKED, PASSAGES, GOLD_ROWS, SETTINGS, "sequence")[0]
     assert decoded[2:] == ["answer", "closed book", "gold passage"]
     assert ", recall@5" in summary(named, "test") and "gold passage given: EM" in summary(named, "test")
 
@@ -80,7 +80,7 @@ def test_a_question_without_passages_gets_its_closed_book_answer_and_is_counted(
     rag = tiny_rag()
     lose(rag)
     settings = SETTINGS.model_copy(update={"batch_size": 9, "decoding": decoding})
-    metrics, predictions = evaluate(rag, ASKED, PASSAGES, GOLD, settings, marginal)
+    metrics, predictions = evaluate(rag, ASKED, PASSAGES, GOLD_ROWS, settings, marginal)
     assert metrics["questions_without_passages"] == 1
     assert predictions[0]["passages"] == [] and len(predictions[1]["passages"]) == 3
     examples = rag.examples(QUESTIONS[:1], ANSWERS[:1])

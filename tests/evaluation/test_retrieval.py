@@ -11,7 +11,7 @@ from stages.params import load_params
 from stages.reporting.experiment import NEEDED
 from stages.verdicts.description import evaluation_text
 from stages.verdicts.of_evaluation import evaluation_signs
-from tests.evaluation.test_answering import ASKED, GOLD, PASSAGES, SETTINGS
+from tests.evaluation.test_answering import ASKED, GOLD_ROWS, PASSAGES, SETTINGS
 from tests.tiny_rag import tiny_rag
 
 OF_GOLD = ("recall", "mrr", "ndcg")
@@ -22,8 +22,8 @@ def unanswered():
 
 
 def test_without_answers_retrieval_scores_as_with_them():
-    with_answers, rows = evaluate(tiny_rag(), ASKED, PASSAGES, GOLD, SETTINGS, "sequence")
-    alone, predictions = evaluate_retrieval(tiny_rag(), unanswered(), PASSAGES, GOLD, SETTINGS)
+    with_answers, rows = evaluate(tiny_rag(), ASKED, PASSAGES, GOLD_ROWS, SETTINGS, "sequence")
+    alone, predictions = evaluate_retrieval(tiny_rag(), unanswered(), PASSAGES, GOLD_ROWS, SETTINGS)
     names = [name for name in with_answers if name.startswith(OF_GOLD)]
     assert {"recall_at_1", "recall_at_5", "recall_at_20", "mrr_at_10", "ndcg_at_10"} == set(names)
     assert {name: alone[name] for name in alone if name.startswith(OF_GOLD)} == {
@@ -44,7 +44,7 @@ def test_without_answers_retrieval_scores_as_with_them():
 
 def test_further_depths_are_measured_and_the_oracle_takes_the_best_grade():
     settings = SETTINGS.model_copy(update={"further_depths": [3]})
-    metrics, _ = evaluate_retrieval(tiny_rag(), unanswered(), PASSAGES, GOLD, settings)
+    metrics, _ = evaluate_retrieval(tiny_rag(), unanswered(), PASSAGES, GOLD_ROWS, settings)
     assert metrics["recall_at_1"] <= metrics["recall_at_3"] <= metrics["recall_at_5"]
     graded = [{0: 1.0, 5: 2.0}] + [{}] * 8
     metrics, rows = evaluate(tiny_rag(), ASKED, PASSAGES, graded, settings, "sequence")
@@ -61,11 +61,11 @@ def test_nothing_to_measure_is_told():
 def test_questions_with_and_without_an_answer_have_lines_of_their_own():
     answers = [["none"] if place % 3 == 0 else some for place, some in enumerate(ASKED["answers"])]
     asked = ASKED.remove_columns("answers").add_column("answers", answers)
-    metrics, rows = evaluate(tiny_rag(), asked, PASSAGES, GOLD, SETTINGS, "sequence", rules=Rules("en", "none"))
+    metrics, rows = evaluate(tiny_rag(), asked, PASSAGES, GOLD_ROWS, SETTINGS, "sequence", rules=Rules("en", "none"))
     without = [row for row in rows if row["answers"] == ["none"]]
     assert metrics["questions_without_answer"] == len(without) == 3
     assert all(row["answer_rank"] is None for row in without)  # no passage holds the word by which none is meant
     for name in ("em", "f1"):
         total = 3 * metrics[f"no_ans_{name}"] + 6 * metrics[f"has_ans_{name}"]
         assert metrics[name] == pytest.approx(total / 9)
-    assert "no_ans_em" not in evaluate(tiny_rag(), ASKED, PASSAGES, GOLD, SETTINGS, "sequence")[0]
+    assert "no_ans_em" not in evaluate(tiny_rag(), ASKED, PASSAGES, GOLD_ROWS, SETTINGS, "sequence")[0]
