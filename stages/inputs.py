@@ -1,18 +1,23 @@
 """Stage 0: what params.yaml names outside the pipeline (own data, model folders), as sizes and hashes.
 
-    python -m stages.inputs                         # writes data/inputs, in well under a second
+    python -m stages.inputs                         # writes data/inputs, in well under a second; new models take some more
+
+Models that cannot be used and lengths that they cannot take are refused here (stages/fitting), before anything is computed.
 
 DVC runs it every time. The other stages depend on what it writes: a changed file reruns what reads it, nothing else does.
 """
 
+import hashlib
+import json
+from importlib import metadata
 from pathlib import Path
 
-from stages.machine.entry import run
+from stages.machine.entry import root_folder, run
 from stages.machine.stage_params import outputs
-from stages.params import Data, load_params
+from stages.params import Data, Params, load_params
 from stages.storage.outside_files import describe, find, refuse_outputs
 
-INPUTS = Path("data/inputs")
+INPUTS, FITTED = Path("data/inputs"), Path(".checkpoints")
 
 
 def main() -> None:
@@ -34,9 +39,33 @@ def main() -> None:
         "index": {"import_path": describe(import_path, "index.import_path")} if import_path else {},
     }
 
+    check_once(params, parts)
     INPUTS.mkdir(parents=True, exist_ok=True)
     for name, entries in found.items():
         write_json(INPUTS / f"{name}.json", entries)
+
+
+def check_once(params: Params, parts: dict[str, dict]) -> None:
+    """Raises ValueError for models, lengths and parameters that do not go together; what fitted is not looked at again.
+
+    It takes some seconds, this stage runs every time.
+    """
+    from stages.storage.manifest import write_json
+
+    asked = [
+        parts, params.models.model_dump(), params.lengths.model_dump(), params.index.model_dump(),
+        params.recipe.model_dump(), params.retriever.n_docs, params.train.index_refresh_steps, params.evaluate.precision,
+        params.runtime.device, params.runtime.processes,
+        [metadata.version(name) for name in ("transformers", "torch", "peft")],
+    ]  # fmt: skip
+    name = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+    known = root_folder() / FITTED / f"fitted-{name}.json"
+    if known.is_file():
+        return
+    from stages.fitting.models import check
+
+    check(params)
+    write_json(known, asked)
 
 
 def files_of(data: Data) -> dict[str, str | list[str]]:

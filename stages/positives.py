@@ -33,8 +33,23 @@ def main() -> None:
     if not wanted:
         print("no positives are searched for: no warm-up reads them, or data.positives.depth is 0")
     else:
+        if reranker_learns:
+            check_some_train()
         counts = ", ".join(f"{len(read_rows(POSITIVES / f'{split}.arrow'))} {split}" for split in SPLITS)
         print(f"questions with a positive by answer: {counts}")
+
+
+def check_some_train() -> None:
+    """Raises ValueError where the reranker's warm-up would find nothing to read, before passages are encoded and indexed."""
+    from stages.corpus.arrow import own_rows, read_rows
+
+    folders, passages = (PREPARED, POSITIVES), read_rows(PREPARED / "passages.arrow")
+    questions, found = (read_rows(folder / "train.arrow") for folder in folders)
+    if not any(own_rows(questions, found, passages)):
+        raise ValueError(
+            f"{PREPARED / 'train.arrow'}: no question has a positive passage, the reranker's warm-up needs some; name them in "
+            "data.fields.positive_ids, raise data.positives.depth to find them by answer, or set retriever.reranker.steps to 0"
+        )
 
 
 def search(split: str, data, runtime) -> list[dict]:

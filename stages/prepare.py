@@ -58,6 +58,11 @@ def main() -> None:
             if report.counts:
                 print(f"{report.counts.total()} rows cannot be used, listed in {UNUSABLE}")
         for split, rows in questions.items():
+            if without := sum(not row["answers"] for row in rows):
+                print(
+                    f"{split}: {without} of {len(rows)} questions have no answer: they serve the retriever alone (`dvc repro "
+                    "index lexical`, then `python -m stages.recall`), training and evaluation of a generator refuse them"
+                )
             write_rows(prepared / f"{split}.arrow", QUESTIONS, rows)
     count = len(read_rows(PREPARED / "passages.arrow"))
     sizes = ", ".join(f"{len(rows)} {split}" for split, rows in questions.items())

@@ -27,7 +27,7 @@ def main() -> None:
 
     from stages.corpus.arrow import own_rows, read_rows, replacing
     from stages.corpus.token_store import TokenStore
-    from stages.encoders.encoder import load_encoder
+    from stages.encoders.encoder import check_pair, load_encoder
     from stages.encoders.mining import HardNegatives, best_hits, tokenize_passages, without_answers
     from stages.encoders.own_passages import OwnPassages
     from stages.encoders.warmup import WarmUp
@@ -44,11 +44,7 @@ def main() -> None:
         )
         for part, as_class in (("question_encoder", DPRQuestionEncoder), ("context_encoder", DPRContextEncoder))
     )  # fmt: skip
-    if question_encoder.dimension != context_encoder.dimension:
-        raise ValueError(
-            f"models.context_encoder: its vectors have {context_encoder.dimension} dimensions, those of "
-            f"models.question_encoder {question_encoder.dimension}; inner products need the same number"
-        )
+    check_pair(question_encoder, context_encoder)
     torch.manual_seed(params.seed)
     warm_up = WarmUp(question_encoder, context_encoder, device, settings.score_scale)
 

@@ -158,10 +158,11 @@ def reads_packed(model: nn.Module) -> bool:
     return isinstance(model, BertForSequenceClassification)
 
 
-def load_cross_encoder(path_or_name: str, key: str = "models.reranker") -> CrossEncoder:
+def load_cross_encoder(path_or_name: str, key: str = "models.reranker", weights: bool = True) -> CrossEncoder:
     """Loads a cross-encoder in fp32, or makes one of an encoder with a new head, drawn by torch's random state.
 
-    Raises ValueError, which names the parameter `key`.
+    Without `weights` its model is made of the configuration alone, on the meta device. Raises ValueError, which names the
+    parameter `key`.
     """
     nothing = f"{key}: no model at '{path_or_name}'"
     try:
@@ -176,8 +177,10 @@ def load_cross_encoder(path_or_name: str, key: str = "models.reranker") -> Cross
         raise ValueError(f"{nothing} ({_one_line(error)}); give a folder or a hub name{hint(path_or_name)}") from None
     architecture = (config.architectures or ["?"])[0]
     if architecture in ARCHITECTURES:
-        encoder = load_encoder(path_or_name, key)
-        return _framed(bert_of_dpr(encoder.model), encoder.tokenizer, path_or_name, key)
+        encoder = load_encoder(path_or_name, key, weights=weights)
+        with nullcontext() if weights else torch.device("meta"):
+            model = bert_of_dpr(encoder.model)
+        return _framed(model, encoder.tokenizer, path_or_name, key)
     if config.model_type not in BERT_LIKE:
         raise ValueError(
             f"{key}: '{path_or_name}' is a {architecture} (model type {config.model_type}); give a cross-encoder or an "
@@ -189,9 +192,14 @@ def load_cross_encoder(path_or_name: str, key: str = "models.reranker") -> Cross
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **within)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            source, num_labels=1, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, **within
-        )
+        if weights:
+            model = AutoModelForSequenceClassification.from_pretrained(
+                source, num_labels=1, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, **within
+            )
+        else:
+            config.num_labels = 1
+            with torch.device("meta"):
+                model = AutoModelForSequenceClassification.from_config(config)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{key}: '{path_or_name}' is incomplete: {_one_line(error)}") from None
     return _framed(model, tokenizer, path_or_name, key)

@@ -97,15 +97,19 @@ class Encoder:
         return self._rows([self.passage_prefix + passage for passage in joined], None, limit, truncation=True)
 
     def _rows(self, first, second, limit, truncation) -> list[list[int]]:
-        limit = min(limit, self._positions, self.max_tokens or limit)
+        limit = min(limit, self.most_tokens)
         return text_rows(self.tokenizer, first, second, truncation=truncation, max_length=limit)
 
     @property
-    def _positions(self) -> int:
-        """Tokens that the model can take. RoBERTa and MPNet count positions from behind the padding id."""
+    def most_tokens(self) -> int:
+        """Tokens that the model can take, or less where its folder asks for less.
+
+        RoBERTa and MPNet count positions from behind the padding id.
+        """
         positions = self.model.config.max_position_embeddings
         padding = getattr(getattr(self.model, "embeddings", None), "padding_idx", None)
-        return positions if padding is None else positions - padding - 1
+        positions = positions if padding is None else positions - padding - 1
+        return min(positions, self.max_tokens or positions)
 
     def vectors(self, store: TokenStore, batch_tokens: int, device: torch.device, progress: str = "") -> Iterator:
         """Vectors of every row of `store`, in order: (first row, fp32 array [rows, dimension]) a sorting window.
@@ -236,12 +240,13 @@ def load_encoder(
     pooling: str = "auto",
     normalize: str | bool = "auto",
     prefixes: tuple[str, str] | None = None,
+    weights: bool = True,
 ) -> Encoder:
     """Loads an encoder in fp32; one saved as either DPR class is returned as `as_class`.
 
     `key` is the parameter that named it (`models.question_encoder`), for messages. "auto" and no `prefixes` (of questions,
     of passages) take what the folder says: its sentence-transformers files, DPR's own pooler, else the first state,
-    unscaled. Raises ValueError.
+    unscaled. Without `weights` its model is made of the configuration alone, on the meta device. Raises ValueError.
     """
     nothing = f"{key}: no model at '{path_or_name}'"
     try:
@@ -281,10 +286,17 @@ def load_encoder(
             of_tokenizer = within | {"subfolder": RAG_TOKENIZERS["question_encoder"], "config": config.question_encoder}
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **of_tokenizer)
         options = {"dtype": torch.float32, **within}
-        if from_rag:
-            from transformers import (
-                RagSequenceForGeneration,  # imports `datasets`, a second that others need not wait for
-            )
+        # BERT's own pooler is a layer of another task: no weights that never learn.
+        if not is_dpr and "add_pooling_layer" in inspect.signature(MODEL_MAPPING[type(config)]).parameters:
+            options["add_pooling_layer"] = False
+        if not weights:
+            with torch.device("meta"):
+                plain = {name: options[name] for name in ("add_pooling_layer",) if name in options}
+                of_dpr = config.question_encoder if from_rag else config
+                model = as_class(of_dpr) if is_dpr else AutoModel.from_config(config, **plain)
+        elif from_rag:
+            # Here and not above: it imports `datasets`, a second that others need not wait for.
+            from transformers import RagSequenceForGeneration
 
             whole = RagSequenceForGeneration.from_pretrained(source, use_safetensors=True, **options)
             model = as_role(whole.rag.question_encoder, as_class)
@@ -292,9 +304,6 @@ def load_encoder(
             model = ARCHITECTURES[architecture].from_pretrained(source, use_safetensors=True, **options)
             model = as_role(model, as_class)
         else:
-            # BERT's own pooler is a layer of another task: no weights that never learn.
-            if "add_pooling_layer" in inspect.signature(MODEL_MAPPING[type(config)]).parameters:
-                options["add_pooling_layer"] = False
             model = AutoModel.from_pretrained(
                 source, trust_remote_code=False, use_safetensors=True, config=config, **options
             )
@@ -319,6 +328,15 @@ def load_encoder(
         model.eval(), tokenizer, "dpr" if is_dpr else pooling, layout.normalize if normalize == "auto" else normalize,
         question_prefix, passage_prefix, layout.max_tokens,
     )  # fmt: skip
+
+
+def check_pair(question_encoder: Encoder, context_encoder: Encoder) -> None:
+    """Raises ValueError where the vectors of the two have no inner product."""
+    if question_encoder.dimension != context_encoder.dimension:
+        raise ValueError(
+            f"models.context_encoder: its vectors have {context_encoder.dimension} dimensions, those of "
+            f"models.question_encoder {question_encoder.dimension}; inner products need the same number"
+        )
 
 
 def as_role(model: torch.nn.Module, as_class: type) -> torch.nn.Module:

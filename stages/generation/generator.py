@@ -73,23 +73,31 @@ class Generator(Protocol):
         """Logits [N, V] of the decoder's states [N, H]: `logits` where all at once would be too many."""
 
 
-def load_generator(path_or_name: str, chat_template: bool = False, loading: dict | None = None) -> Generator:
+def load_generator(
+    path_or_name: str, chat_template: bool = False, loading: dict | None = None, weights: bool = True
+) -> Generator:
     """Load a model and its tokenizer from a folder, a hub name or a GGUF file, in eval mode.
 
     In fp32, or as `loading` says (lora.py): the type is explicit, or a checkpoint stored in half precision would be
-    computed in half precision. `chat_template` makes a decoder-only model read contexts as a user's message. ValueError,
-    in one line, for an unsupported model and for missing weights or tokenizer.
+    computed in half precision. `chat_template` makes a decoder-only model read contexts as a user's message. Without
+    `weights` the model is made of its configuration alone, on the meta device. ValueError, in one line, for an unsupported
+    model and for missing weights or tokenizer.
     """
     loading = loading or {"dtype": torch.float32}
     source, gguf = source_of(path_or_name)
     config = from_pretrained(AutoConfig, source, path_or_name, **gguf)
     is_rag = config.model_type == "rag"
-    auto_class = None if is_rag else AUTO_CLASSES[_family(config, path_or_name)]
+    of_model = config.generator if is_rag else config
+    auto_class = AUTO_CLASSES[_family(of_model, path_or_name)]
     tokenizer = load_tokenizer(path_or_name)
-    if is_rag:
+    if not weights:
+        with torch.device("meta"):
+            model = auto_class.from_config(of_model)
+    elif is_rag:
         if "quantization_config" in loading:
             raise ValueError(f"models.lora.base: {path_or_name} is a RAG checkpoint, read in fp32 or bf16; use bf16")
-        from transformers import RagSequenceForGeneration  # imports `datasets`, a second that others need not wait for
+        # Here and not above: it imports `datasets`, a second that others need not wait for.
+        from transformers import RagSequenceForGeneration
 
         whole = from_pretrained(RagSequenceForGeneration, source, path_or_name, use_safetensors=True, **loading)
         model = whole.rag.generator

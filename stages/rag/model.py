@@ -36,6 +36,8 @@ from stages.search.passage_encoder import PassageEncoder
 from stages.search.passage_index import PassageIndex, doc_scores, load_index
 from stages.search.reranking import Reranker
 
+FEWEST_PASSAGE_TOKENS = 8  # that must fit beside the longest question
+
 
 class RagOutput(NamedTuple):
     nll: Tensor  # [B] nats a question
@@ -312,6 +314,32 @@ def packed_likelihood(generator: Generator) -> PackedBart | PackedCausal | None:
     return PackedCausal(generator) if PackedCausal.fits(generator.model.config) else None
 
 
+def check_lengths(generator: Generator, lengths: Lengths, together: int = 1) -> None:
+    """Raises ValueError where the generator has fewer positions than contexts of `together` passages and answers take, or no
+    passage fits beside a question."""
+    alone, needed = (
+        generator.positions_needed(lengths.context_tokens, lengths.answer_tokens, n) for n in (1, together)
+    )
+    has = f"{needed} positions, but the generator has {generator.max_positions}"
+    if generator.max_positions and generator.max_positions < alone:
+        raise ValueError(
+            f"lengths.context_tokens: {lengths.context_tokens} with lengths.answer_tokens {lengths.answer_tokens} takes {has}"
+        )
+    if generator.max_positions and generator.max_positions < needed:
+        raise ValueError(
+            f"retriever.n_docs: {together} passages of lengths.context_tokens ({lengths.context_tokens}), read together, with "
+            f"lengths.answer_tokens {lengths.answer_tokens} take {has}; lower n_docs or context_tokens, or use reading: each"
+        )
+    frame = len(generator.context_prefix) + len(generator.context_suffix)
+    least = lengths.question_tokens + frame + FEWEST_PASSAGE_TOKENS
+    if lengths.context_tokens < least:
+        raise ValueError(
+            f"lengths.context_tokens: {lengths.context_tokens} leaves no room for a passage: a question takes up to "
+            f"lengths.question_tokens ({lengths.question_tokens}), what the generator wants around a context {frame}; use "
+            f"{least} or more"
+        )
+
+
 def open_rag(
     encoder: Encoder, generator: Generator, index: PassageIndex, passages: TokenStore, n_docs: int, lengths: Lengths,
     device: torch.device, prior: PriorWeights | None = None, passage_encoder: PassageEncoder | None = None,
@@ -337,30 +365,12 @@ def open_rag(
             f"data/reranker holds {len(reranker.tokens)} passages, data/tokens {len(passages)}; run `dvc repro` to make them "
             "agree"
         )
-    check_positions(generator, lengths, n_docs if reading == "together" else 1)
+    check_lengths(generator, lengths, n_docs if reading == "together" else 1)
     on_device = passages.to(device) if device.type == "cuda" else passages
     searched = index.to(device, together=True)
     reranking = reranker and reranker.to(device)
     rag = Rag(encoder, generator, searched, on_device, n_docs, lengths, prior, passage_encoder, reranking, rerank_depth)
     return rag.to(device) if models_move else rag
-
-
-def check_positions(generator: Generator, lengths: Lengths, together: int) -> None:
-    """Raises ValueError where the generator has fewer positions than contexts of `together` passages and answers take."""
-    alone, needed = (
-        generator.positions_needed(lengths.context_tokens, lengths.answer_tokens, n) for n in (1, together)
-    )
-    if not generator.max_positions or generator.max_positions >= needed:
-        return
-    has = f"{needed} positions, but the generator has {generator.max_positions}"
-    if generator.max_positions >= alone:
-        raise ValueError(
-            f"retriever.n_docs: {together} passages of lengths.context_tokens ({lengths.context_tokens}), read together, with "
-            f"lengths.answer_tokens {lengths.answer_tokens} take {has}; lower n_docs or context_tokens, or use reading: each"
-        )
-    raise ValueError(
-        f"lengths.context_tokens: {lengths.context_tokens} with lengths.answer_tokens {lengths.answer_tokens} takes {has}"
-    )
 
 
 def open_rag_on(

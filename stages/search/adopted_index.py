@@ -4,6 +4,7 @@ The file is not trusted: FAISS's format holds no code, but a damaged file can en
 child process reads it first.
 """
 
+import struct
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ SAMPLE = 64  # passages that are encoded again
 EXACT_TOLERANCE = 0.05  # relative; encoding in fp16 or bf16 moves a vector by about 0.01, another encoder by about 1
 SHARE_RECOGNISED = 0.75  # of the sample, for compressed vectors
 NORM_TOLERANCE = 1e-3
+HEADER = struct.Struct("<4xi8x16xxi")  # of every kind: its name, dimension, size, unused, trained, metric
 READ_IN_A_CHILD = """
 import os, sys, faiss
 if hasattr(faiss, "set_deserialization_vector_byte_limit"):
@@ -58,24 +60,13 @@ class Imported:
 
 def open_imported(path: Path, dimension: int, passages: int) -> Imported:
     """Opens an index file and checks dimension, metric, size and ids. Raises ValueError, one line."""
-    _check_file(path)
+    check_header(path, dimension)
     child = subprocess.run([sys.executable, "-c", READ_IN_A_CHILD, str(path)], capture_output=True, text=True)
     if child.returncode:
         said = child.stderr.strip().splitlines()[-1] if child.returncode > 0 and child.stderr.strip() else "it crashes"
         raise ValueError(f"{KEY}: {path}: damaged or not a FAISS index (FAISS cannot read it: {said}); export it again")
     index = opened(path)
-    if index.d == dimension + 1 and index.metric_type == faiss.METRIC_L2:
-        raise ValueError(
-            f"{KEY}: {path} holds vectors of {index.d} dimensions, one more than the context encoder makes: DPR's auxiliary "
-            "dimension, which makes L2 of the inner product; it cannot be adopted, index.factory: HNSW32 builds such an index"
-        )
-    if index.d != dimension:
-        raise ValueError(
-            f"{KEY}: {path} holds vectors of {index.d} dimensions, the context encoder makes {dimension}; "
-            "set models.context_encoder to the encoder that made the index"
-        )
-    if index.metric_type not in (faiss.METRIC_INNER_PRODUCT, faiss.METRIC_L2):
-        raise ValueError(f"{KEY}: {path} uses FAISS metric {index.metric_type}; build it with METRIC_INNER_PRODUCT")
+    _check_kind(path, index.d, index.metric_type, dimension)
     if index.ntotal != passages:
         raise ValueError(f"{KEY}: {path} holds {index.ntotal} vectors, data/prepared has {passages} passages")
     return Imported(path, index, _places(path, index))
@@ -127,6 +118,30 @@ def write_vectors(imported: Imported, file: Path) -> None:
             _check_norms(imported.path, chunk, rows)
         vectors[rows[0] : rows[-1] + 1] = chunk
     vectors.flush()
+
+
+def check_header(path: Path, dimension: int) -> None:
+    """Checks dimension and metric alone, which stand in the file's first bytes, whatever its size. Raises ValueError."""
+    _check_file(path)
+    with open(path, "rb") as file:
+        head = file.read(HEADER.size)
+    if len(head) == HEADER.size:
+        _check_kind(path, *HEADER.unpack(head), dimension)
+
+
+def _check_kind(path: Path, found: int, metric: int, dimension: int) -> None:
+    if found == dimension + 1 and metric == faiss.METRIC_L2:
+        raise ValueError(
+            f"{KEY}: {path} holds vectors of {found} dimensions, one more than the context encoder makes: DPR's auxiliary "
+            "dimension, which makes L2 of the inner product; it cannot be adopted, index.factory: HNSW32 builds such an index"
+        )
+    if found != dimension:
+        raise ValueError(
+            f"{KEY}: {path} holds vectors of {found} dimensions, the context encoder makes {dimension}; "
+            "set models.context_encoder to the encoder that made the index"
+        )
+    if metric not in (faiss.METRIC_INNER_PRODUCT, faiss.METRIC_L2):
+        raise ValueError(f"{KEY}: {path} uses FAISS metric {metric}; build it with METRIC_INNER_PRODUCT")
 
 
 def _check_file(path: Path) -> None:

@@ -11,8 +11,11 @@ from stages.search.faiss_files import ROWS_A_CHUNK
 KINDS = ("float16", "float32")
 
 
-def open_own(path: Path, dimension: int, passages: int) -> np.ndarray:
-    """The file's vectors [passages, dimension] as they are, memory-mapped. Raises ValueError, one line, where they do not fit."""
+def open_own(path: Path, dimension: int, passages: int | None = None) -> np.ndarray:
+    """The file's vectors [passages, dimension] as they are, memory-mapped; None: of any number.
+
+    Raises ValueError, one line, where they do not fit.
+    """
     if not path.is_file():
         raise ValueError(f"{KEY}: {path} not found; relative paths count from the folder of params.yaml")
     try:
@@ -30,7 +33,7 @@ def open_own(path: Path, dimension: int, passages: int) -> np.ndarray:
             f"{KEY}: {path} holds vectors of {vectors.shape[1]} dimensions, the context encoder makes {dimension}; set "
             "models.context_encoder to the encoder that made them"
         )
-    if len(vectors) != passages:
+    if passages is not None and len(vectors) != passages:
         raise ValueError(f"{KEY}: {path} holds {len(vectors)} vectors, data/prepared has {passages} passages")
     return vectors
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -38,6 +39,8 @@ def lines(root: Path, name: str, description: dict) -> list[str]:
         folder, found = max(alike, key=lambda pair: pair[0].stat().st_mtime)
         last = _checkpoints(folder)[-1].name
         told.append(f"starts anew: {FOLDER}/{folder.name} ({last}) differs in {differences(found, description)}")
+    if (told_of := finished_otherwise(root, description)) is not None:
+        told.append(told_of)
     if others:
         size = sum(file.stat().st_size for folder in others for file in folder.rglob("*") if file.is_file())
         told.append(
@@ -45,6 +48,33 @@ def lines(root: Path, name: str, description: dict) -> list[str]:
             f"`make clean` removes all, `rm -r {FOLDER}/NAME` one"
         )
     return told
+
+
+def finished_otherwise(root: Path, description: dict) -> str | None:
+    """What to tell where the same training has finished at another train.max_steps: why it is not continued, how it can be."""
+    asked, steps = _but_steps(description)
+    kept = [folder.parent / "description.json" for folder in (root / FOLDER).glob("*/finished")]
+    for file in [*kept, *(root / FOLDER).glob("*.finished.json")]:
+        found = _read_description(file)
+        if found is None or found["inputs"] != description["inputs"]:
+            continue
+        settings, before = _but_steps(found)
+        if settings == asked and before is not None and steps is not None and before < steps:
+            return (
+                f"the same training has finished with train.max_steps {before}: its learning rate had come down to zero there, "
+                f"at {steps} it takes another way from the first step, so this one begins anew. To start from its weights: "
+                "stop this, `dvc checkout` (brings data/model back), `cp -rL data/model my-model && cp -rL "
+                "data/retriever/context_encoder my-model/`, name my-model in models.question_encoder, context_encoder and "
+                "generator, retriever.steps 0"
+            )
+    return None
+
+
+def _but_steps(description: dict) -> tuple[dict, int | None]:
+    """The settings without train.max_steps, and that."""
+    train = dict(description["settings"].get("train", {}))
+    steps = train.pop("max_steps", None)
+    return description["settings"] | {"train": train}, steps
 
 
 def differences(old: dict, new: dict) -> str:
@@ -72,6 +102,9 @@ def drop_finished(root: Path, name: str) -> None:
     held = FileLock(root / FOLDER / f"{name}.lock")
     try:
         with held.acquire(timeout=0):
+            # What it was stays, some KB, for `finished_otherwise`.
+            with suppress(OSError):
+                shutil.copyfile(root / FOLDER / name / "description.json", root / FOLDER / f"{name}.finished.json")
             shutil.rmtree(root / FOLDER / name, ignore_errors=True)
     except Timeout:
         return
@@ -82,8 +115,12 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _description(folder: Path) -> dict | None:
+    return _read_description(folder / "description.json")
+
+
+def _read_description(file: Path) -> dict | None:
     try:
-        found = json.loads((folder / "description.json").read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and found.keys() >= {"settings", "inputs", "code"} else None

@@ -7,8 +7,9 @@ from pathlib import Path
 import yaml
 
 from stages.storage.manifest import MANIFEST
-from stages.storage.outside_files import describe, describe_model, find
+from stages.storage.outside_files import describe, describe_model, find, split_revision
 
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 PARTS = ("question_encoder", "context_encoder", "generator", "reranker")
 RAG_TOKENIZERS = {"question_encoder": "question_encoder_tokenizer", "generator": "generator_tokenizer"}
 RAG_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
@@ -67,6 +68,28 @@ def describe_part(name: str, part: str) -> dict:
     return describe(part_files(name, part), key) if find(name).is_dir() else describe_model(name, key)
 
 
+def check_weights(inside: str, key: str) -> None:
+    """Raises ValueError where a model has no weights in safetensors or damaged ones; `inside` is what `part_of` gave.
+
+    A hub that cannot be asked now is no error: it tells when they are loaded.
+    """
+    folder = find(inside)
+    if folder.is_dir():
+        if not any(folder.rglob("config.json")):
+            return  # a GGUF file, or no model, which is told by who reads it
+        files = sorted(folder.rglob("*.safetensors"))
+        for file in files:
+            _check_safetensors(file, key)
+        found = bool(files)
+    else:
+        found = folder.suffix == ".gguf" or _on_hub(inside)
+    if not found:
+        raise ValueError(
+            f"{key}: {inside} has no weights in safetensors, others are not read (a pickle may run anything); transformers' "
+            "save_pretrained writes them"
+        )
+
+
 def is_saved_part(folder: Path) -> bool:
     """Whether a training of this pipeline wrote it, with its tokenizer exactly as it was used."""
     return folder.name in PARTS and (folder.parent / MANIFEST).is_file()
@@ -78,6 +101,31 @@ def model_type(folder: Path) -> str | None:
         return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError):
         return None
+
+
+def _on_hub(named: str) -> bool:
+    """Whether the hub, or its cache, has weights in safetensors; taken for true where it cannot be asked."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    name, pinned = split_revision(named)
+    try:
+        if any(isinstance(try_to_load_from_cache(name, one, **pinned), str) for one in WEIGHTS):
+            return True
+        return any(file.endswith(".safetensors") for file in HfApi().list_repo_files(name, **pinned))
+    except Exception:
+        return True
+
+
+def _check_safetensors(file: Path, key: str) -> None:
+    """Its header against its size: cut short it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise ValueError(f"{key}: {file} is damaged ({reason}); copy it again") from None
 
 
 def _inside_mlflow(folder: Path, name: str, part: str) -> Path:

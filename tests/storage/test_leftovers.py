@@ -66,6 +66,26 @@ def test_a_finished_training_goes_once_the_next_stage_runs_and_an_unfinished_one
     assert not checkpoints.folder.exists()
 
 
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_a_finished_training_of_fewer_steps_is_offered_as_the_start(tmp_path, inputs, evaluated):
+    def of_steps(steps, rate=1e-3):
+        settings = {"train": {"recipe": "new", "learning_rate": rate, "max_steps": steps}}
+        description = describe(settings, [inputs])
+        return fingerprint(description), description
+
+    name, description = of_steps(120)
+    Checkpoints(tmp_path / leftovers.FOLDER / name, 2, description).finish({"w": torch.ones(2)}, {})
+    if evaluated:
+        leftovers.drop_finished(tmp_path, name)
+    told = "\n".join(leftovers.lines(tmp_path, *of_steps(240)))
+    assert "finished with train.max_steps 120: its learning rate had come down to zero" in told
+    assert "cp -rL data/model my-model && cp -rL data/retriever/context_encoder my-model/" in told
+    for other in (of_steps(120), of_steps(60), of_steps(240, rate=5e-4)):
+        assert "train.max_steps 120" not in "\n".join(leftovers.lines(tmp_path, *other))
+    inputs.write_text("2")
+    assert "train.max_steps 120" not in "\n".join(leftovers.lines(tmp_path, *of_steps(240)))
+
+
 HOLD = (
     "import sys, time; from pathlib import Path; from stages.storage import leftovers\n"
     "held = leftovers.lock(Path(sys.argv[1]), sys.argv[2]); print('held', flush=True); time.sleep(float(sys.argv[3]))"

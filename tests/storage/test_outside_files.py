@@ -101,6 +101,7 @@ def test_a_path_that_leads_nowhere_is_named_with_its_key(tmp_path, monkeypatch, 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(inputs, "check_once", lambda params, parts: None)  # these models are files by name alone
     for name in ("train.jsonl", "passages.jsonl", "validation.jsonl"):
         Path(name).write_text("{}")
     for name in ("encoder", "generator"):
