@@ -1,6 +1,8 @@
 """A sensible machine: the device that was asked for, and the free cores."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,17 @@ def test_a_gpu_that_is_not_there_is_named():
         devices.prepare_torch(Runtime(device="auto", threads=1, processes=1, cuda_graphs=True)).type == "cpu"
         and torch.get_num_threads() == 1
     )
+
+
+def test_what_the_libraries_make_is_searched_for_garbage_no_more_and_all_else_is():
+    program = "; ".join([
+        "import gc; from stages.machine import devices; devices.import_libraries()",
+        "import transformers; first = gc.get_freeze_count()",
+        "devices.import_libraries()",  # a second time nothing is frozen
+        "print(gc.isenabled(), first > 100_000, gc.get_freeze_count() <= first)",
+    ])  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True", "True"]
 
 
 def test_free_cores_are_at_least_one_and_bounded(monkeypatch):
