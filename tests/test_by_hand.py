@@ -151,14 +151,14 @@ def test_the_ranks_of_a_waiting_training_wait_too(project, tmp_path):
     root, copies = workers(project, tmp_path, [{"runtime": {"processes": 2}}])
     sources = copies[0] / "stages/compute/ranks.py"
     text = sources.read_text(encoding="utf-8")
-    sources.write_text(text.replace("timedelta(seconds=60)", "timedelta(seconds=4)"), encoding="utf-8")
+    sources.write_text(text.replace("timedelta(seconds=60)", "timedelta(seconds=10)"), encoding="utf-8")
     shutil.rmtree(copies[0] / "data/model")
     outputs_of(start(root, copies, "train"))  # tells the fingerprint, of which the changed file is a part
     fingerprint = json.loads((copies[0] / "data/model/run.json").read_text())["fingerprint"]
     with FileLock(root / FOLDER / f"{fingerprint}.lock"):
         [second] = start(root, copies, "train")
         assert any("another process trains exactly this" in line for line in second.stdout)
-        time.sleep(8)  # twice the limit
+        time.sleep(15)  # longer than the limit
         assert second.poll() is None
     [output] = outputs_of([second])
     assert "trained already" in output

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ ALONE = {"tracking", "verdicts"}  # they import no other wing
 MODULES = {".".join(file.relative_to(STAGES).with_suffix("").parts): file for file in STAGES.rglob("*.py")}
 
 
+@cache
 def imports_of(module: str) -> set[str]:
     """Modules of ours that a module imports, at its top or within a function, by their names below `stages`."""
     found = set()
@@ -198,6 +200,23 @@ def test_what_runs_at_every_repro_imports_little():
         )
     }  # fmt: skip
     assert not {name.split(".")[0] for name in tops} & heavy
+
+
+@pytest.mark.parametrize(("stage", "folder"), [("lexical", "bm25.hits_folder"), ("reranker", "search.reranker_folder")])
+def test_a_stage_with_nothing_to_do_imports_little(stage, folder):
+    """Its other imports are those of the function that has something to do."""
+    [main] = [
+        node
+        for node in ast.parse(MODULES[stage].read_text(encoding="utf-8")).body
+        if getattr(node, "name", "") == "main"
+    ]
+    ours = {
+        f"{node.module.removeprefix('stages.')}.{alias.name}"
+        for node in ast.walk(main) if isinstance(node, ast.ImportFrom) for alias in node.names
+    }  # fmt: skip
+    assert {name if name in MODULES else name.rpartition(".")[0] for name in ours} == {folder, "storage.manifest"}
+    used = everything_imported_by(folder) | {folder}
+    assert not set().union(*map(third_party_of, used)) & {"torch", "transformers", "datasets", "numpy", "bm25s"}
 
 
 @pytest.mark.parametrize("stage", PIPELINE)

@@ -15,7 +15,8 @@ from stages.bench.profiling import covered
 from stages.rag.together import joint_contexts
 
 CPU = torch.device("cpu")
-SMALL = ["--shapes", "tiny", "--passages", "300", "--device", "cpu", "--batch", "2x2", "--steps", "1", "--runs", "2"]
+SMALL = ["--shapes", "tiny", "--passages", "300", "--device", "cpu", "--batch", "2x2", "--steps", "1", "--runs", "2",
+         "--n-docs", "2"]  # fmt: skip
 
 
 def options(*arguments):
