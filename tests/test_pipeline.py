@@ -454,7 +454,12 @@ def test_a_reranker_trains_is_asked_and_measured_and_fsdp_refuses_it(project):
     warm = json.loads((project / "metrics/reranker.json").read_text())
     assert warm["steps"] == 3 and warm["candidates"] == 6 and warm["hard_negatives_mined"] > 1
     assert all(isinstance(value, int | float) for value in warm.values())
-    assert curve(project, "temperature") and curve(project, "cross_encoder_gradient_norm")[-1][1] > 0
+    # Joint training starts from what was fitted to the validation questions, a step or two of a hundredth each before.
+    fitted = json.loads((project / "data/reranker/reranker.json").read_text())["weights"]
+    assert curve(project, "temperature")[0][1] == pytest.approx(fitted["temperature"], rel=0.05)
+    assert curve(project, "hybrid_weight")[0][1] == pytest.approx(fitted["hybrid_weight"], rel=0.05)
+    assert curve(project, "cross_encoder_gradient_norm")[-1][1] > 0
+    assert {"bm25_recall_at_5", "dense_recall_at_5", "fitted_recall_at_1"} <= warm.keys()
     assert (project / "data/model/prior.json").is_file() and (
         project / "data/model/reranker/model.safetensors"
     ).is_file()
@@ -464,6 +469,8 @@ def test_a_reranker_trains_is_asked_and_measured_and_fsdp_refuses_it(project):
     recall = json.loads((project / "recall.json").read_text())
     assert {"dense", "bm25", "reranker", "reranked"} <= recall.keys()
     assert recall["reranked"]["recall_at_1"] == pytest.approx(scores["recall_at_1"])
+    for name in ("dense", "bm25"):
+        assert scores[f"{name}_recall_at_5"] == pytest.approx(recall[name]["recall_at_5"])
     sharded = ("accelerate", "launch", "--use_fsdp", "--fsdp_version=2", "--num_processes=2", "--num_machines=1")
     refused = run(project, *sharded, "--mixed_precision=no", "-m", "stages.train", check=False)
     assert refused.returncode and "models.reranker: data/tiny/encoder does not train with FSDP" in refused.stderr

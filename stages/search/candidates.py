@@ -20,6 +20,7 @@ from stages.search.reranking import Reranker
 QUESTIONS_AT_ONCE = 256
 BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
 FIT_STEPS = 50
+SPREAD = 1.0  # standard deviation of the log weights before any question is seen
 WEIGHTS = ("score_scale", "hybrid_weight", "cross_weight", "temperature")  # of the prior, as rag/prior.py has them
 
 
@@ -96,7 +97,7 @@ def ranking_metrics(
     if not named:
         return {}, None
     missing, gold = found.rows < 0, is_gold(found.rows, golds)
-    # The temperature changes no order, and the fit ends where it does from any: a warm-up need not run again for another.
+    # The temperature changes no order and the fit hardly depends on it: a warm-up need not run again for another.
     start = {name: getattr(settings, name) for name in WEIGHTS[:-1]} | {"temperature": 1.0}
     fitted, _, nll = fitted_prior(found, crossed, gold, start)
 
@@ -169,7 +170,7 @@ def gold_nll(scores: Tensor, gold: Tensor, missing: Tensor) -> float:
 
 def fitted_weights(parts: Tensor, gold: Tensor, missing: Tensor) -> Tensor:
     """Positive weights [P] of the `parts` [P, N, C] of a score under whose softmax the gold candidates [N, C] are
-    likeliest, all of a question's together; what has none of them is left out."""
+    likeliest, all of a question's together; what has none of them is left out. Of few questions they stay near 1."""
     asked = gold.any(1)
     parts, gold, missing = parts[:, asked].double(), gold[asked], missing[asked]
     log_weights = torch.zeros(len(parts), dtype=torch.double, requires_grad=True)
@@ -181,7 +182,9 @@ def fitted_weights(parts: Tensor, gold: Tensor, missing: Tensor) -> Tensor:
         optimizer.zero_grad()
         scores = (log_weights.exp()[:, None, None] * parts).sum(0).masked_fill(missing, float("-inf"))
         wrong = scores.log_softmax(1).masked_fill(~gold, float("-inf")).logsumexp(1).mean().neg()
-        wrong = wrong + 1e-4 * (log_weights**2).sum()  # a part that is no help would go to nothing for ever
+        # Of a few questions, all ranked right, an infinitely sharp prior is the likeliest: no passage behind the first would
+        # ever get a gradient. So the weights are log-normal around 1, which many questions outvote.
+        wrong = wrong + (log_weights**2).sum() / (2 * SPREAD**2 * len(gold))
         wrong.backward()
         return wrong
 

@@ -54,12 +54,23 @@ def test_it_is_the_optimum_that_another_optimiser_finds_and_any_start_leads_ther
         return gold_nll(weighted(found, crossed, weights), gold, found.rows < 0)
 
     others = scipy.optimize.minimize(nll, [0.3, 1.0, 1.0], method="Nelder-Mead").x
-    assert [fitted[name] for name in WEIGHTS[1:]] == pytest.approx(others.tolist(), rel=0.02)
+    assert [fitted[name] for name in WEIGHTS[1:]] == pytest.approx(others.tolist(), rel=0.1)
     assert [fitted[name] for name in WEIGHTS] == pytest.approx([TRUTH[name] for name in WEIGHTS], rel=0.25)
     again = fitted_prior(found, crossed, gold, TRUTH)[0]
-    assert [again[name] for name in WEIGHTS] == pytest.approx([fitted[name] for name in WEIGHTS], rel=0.02)
+    assert [again[name] for name in WEIGHTS] == pytest.approx([fitted[name] for name in WEIGHTS], rel=0.1)
     still = fitted_prior(found, crossed, gold, START | {"cross_weight": 0.0})[0]
     assert still["cross_weight"] == 0.0
+
+
+def test_a_few_questions_that_are_all_ranked_right_leave_a_prior_that_can_still_learn():
+    """Without its bounds the fit sharpened the prior of twelve such questions until no gradient was left."""
+    found, crossed, _ = drawn()
+    few = Candidates(found.rows[:12], found.dense[:12], found.lexical[:12])
+    gold = torch.zeros(12, C, dtype=torch.bool)
+    scores = weighted(few, crossed[:12], START).masked_fill(few.rows < 0, float("-inf"))
+    gold[torch.arange(12), scores.argmax(1)] = True
+    fitted, before, after = fitted_prior(few, crossed[:12], gold, START)
+    assert after < before and 0.2 < fitted["temperature"] < 1
 
 
 def test_the_table_has_every_search_and_none_that_was_not_made():
