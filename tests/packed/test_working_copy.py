@@ -146,3 +146,16 @@ def test_replays_add_to_the_gradients_of_the_models_own_weights(family):
         torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
         assert gradients.keys() == own.keys() and distance(own, gradients) < 0.05
     assert not graphs.packed.graphs.failed
+
+
+@pytest.mark.parametrize("dtype", [torch.float, torch.bfloat16])
+def test_reading_together_goes_by_the_copy(dtype):
+    options = {"reading": "together", "retriever_gradient": "emdr2"}
+    expected, gradients = loss_and_gradients(tiny_rag(), **options)
+    rag = copied(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        found, of_copy = loss_and_gradients(rag, **options)
+    loose = dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=0.02 if loose else 1e-5, atol=0.02 if loose else 1e-5)
+    assert gradients.keys() == of_copy.keys() and distance(of_copy, gradients) < (0.06 if loose else 1e-6)
+    assert all(gradient.dtype == torch.float for gradient in of_copy.values())
