@@ -278,6 +278,39 @@ print(AnsweringModel(folder / "retrieval", model=folder).predict(["Where is it?"
     run(project, "git", "checkout", "-q", ".")
 
 
+def test_passages_read_together_are_read_together_wherever_the_model_is_asked(project, tmp_path):
+    changes = ("recipes.new.reading=together", "recipes.new.retriever_gradient=emdr2", "retriever.n_docs=3")
+    settings = [part for change in changes for part in ("-S", change)]
+    assert ran(run(project, "dvc", "exp", "run", *settings).stdout) == ["inputs", "train", "evaluate", "report"]
+    assert curve(project, "retriever_loss") and json.loads((project / "metrics/eval.json").read_text())["n_docs"] == 3
+    rows = [json.loads(line) for line in (project / "data/predictions/predictions.jsonl").read_text().splitlines()]
+    assert all(abs(sum(one["posterior"] for one in row["passages"]) - 1) < 1e-3 for row in rows)
+    questions = [row["question"] for row in rows[:3]]
+    given = run(project, "python", "-m", "stages.ask", "--json", text="\n".join(questions)).stdout.splitlines()
+    asked = [json.loads(line) for line in given]
+    assert [one["answer"] for one in asked] == [row["prediction"] for row in rows[:3]]
+    assert [one["log_prob"] for one in asked] == pytest.approx([row["log_prob"] for row in rows[:3]], abs=1e-3)
+
+    client, _ = mlflow_of(project)
+    version = client.get_model_version_by_alias("rag-recipes", "new")
+    parts = Path(version.source.removeprefix("file://")) / "data/parts"
+    code = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from stages.evaluation.pyfunc import AnsweringModel
+print(json.dumps(AnsweringModel(Path(sys.argv[2])).predict(sys.argv[3:]).to_dict("records")))
+"""
+    loaded = run(tmp_path, sys.executable, "-c", code, str(project), str(parts), *questions).stdout.splitlines()[-1]
+    for one, row in zip(json.loads(loaded), rows, strict=False):
+        assert one["answer"] == row["prediction"]
+        assert one["probability"] == pytest.approx(min(1.0, np.exp(row["log_prob"])), rel=1e-2)
+        posteriors = [passage["posterior"] for passage in row["passages"]]
+        assert [passage["posterior"] for passage in one["passages"]] == pytest.approx(posteriors, abs=1e-3)
+    run(project, "git", "checkout", "-q", ".")
+    run(project, "dvc", "checkout")
+
+
 def test_two_ranks_make_one_run(project):
     """`runtime` is no part of the recipe: what two ranks made is found again by one."""
     client, before = mlflow_of(project)
