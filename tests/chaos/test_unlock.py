@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,20 +12,36 @@ import pytest
 from stages.chaos import unlock
 
 
-@pytest.fixture
-def repository(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def without_outer_dvc(monkeypatch):
     for name in [name for name in os.environ if name.startswith("DVC")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    subprocess.run(["git", "init", "-q"], check=True)
-    subprocess.run(["dvc", "init", "-q"], check=True)
-    Path("input").write_text("a stage without one is not in the run cache")
-    Path("dvc.yaml").write_text(
-        "stages:\n  a:\n    cmd: echo ran >> runs; echo 1 > x\n    deps: [input]\n    outs: [x]\n"
-    )
-    assert repro().returncode == 0
-    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The repository whose copies the tests get: each call of DVC costs half a second."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        without_outer_dvc(patched)
+        subprocess.run(["git", "init", "-q"], check=True)
+        subprocess.run(["dvc", "init", "-q"], check=True)
+        Path("input").write_text("a stage without one is not in the run cache")
+        Path("dvc.yaml").write_text(
+            "stages:\n  a:\n    cmd: echo ran >> runs; echo 1 > x\n    deps: [input]\n    outs: [x]\n"
+        )
+        assert repro().returncode == 0
+    return folder
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch, made):
+    without_outer_dvc(monkeypatch)
+    folder = tmp_path / "repository"
+    shutil.copytree(made, folder)
+    monkeypatch.chdir(folder)
+    return folder
 
 
 def repro():
