@@ -31,7 +31,7 @@ from stages.corpus.token_store import TokenStore
 from stages.encoders.packed_bert import PackedBert
 from stages.encoders.sentence_layout import SentenceLayout, read_layout, write_layout
 from stages.packed.packing import Packing
-from stages.storage.model_folders import OTHERWISE, RAG_TOKENIZERS
+from stages.storage.model_folders import OTHERWISE, RAG_TOKENIZERS, typed_parts
 from stages.storage.outside_files import hint, split_revision
 
 ARCHITECTURES = {"DPRQuestionEncoder": DPRQuestionEncoder, "DPRContextEncoder": DPRContextEncoder}
@@ -298,7 +298,8 @@ def load_encoder(
             # Here and not above: it imports `datasets`, a second that others need not wait for.
             from transformers import RagSequenceForGeneration
 
-            whole = RagSequenceForGeneration.from_pretrained(source, use_safetensors=True, **options)
+            config = typed_parts(config, torch.float32)
+            whole = RagSequenceForGeneration.from_pretrained(source, config=config, use_safetensors=True, **options)
             model = as_role(whole.rag.question_encoder, as_class)
         elif is_dpr:
             model = ARCHITECTURES[architecture].from_pretrained(source, use_safetensors=True, **options)

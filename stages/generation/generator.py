@@ -29,6 +29,7 @@ from stages.generation import seq2seq
 from stages.generation.causal import CHAT_FLAG, causal_from
 from stages.generation.seq2seq import seq2seq_from
 from stages.generation.tokenizer import from_pretrained, load_tokenizer, source_of
+from stages.storage.model_folders import typed_parts
 
 AUTO_CLASSES = {"seq2seq": AutoModelForSeq2SeqLM, "causal": AutoModelForCausalLM}
 # Whatever kernels are installed: packed weights cannot be trained.
@@ -99,7 +100,10 @@ def load_generator(
         # Here and not above: it imports `datasets`, a second that others need not wait for.
         from transformers import RagSequenceForGeneration
 
-        whole = from_pretrained(RagSequenceForGeneration, source, path_or_name, use_safetensors=True, **loading)
+        config = typed_parts(config, loading["dtype"])
+        whole = from_pretrained(
+            RagSequenceForGeneration, source, path_or_name, config=config, use_safetensors=True, **loading
+        )
         model = whole.rag.generator
     elif gguf:
         if "quantization_config" in loading:

@@ -128,6 +128,13 @@ def _check_safetensors(file: Path, key: str) -> None:
         raise ValueError(f"{key}: {file} is damaged ({reason}); copy it again") from None
 
 
+def typed_parts(config, dtype):
+    """A RAG checkpoint's configuration by which both of its models get this type: `from_pretrained(dtype=...)` alone leaves
+    them in that of their own configurations, fp16 where they once came from such files."""
+    config.question_encoder.dtype = config.generator.dtype = dtype
+    return config
+
+
 def _inside_mlflow(folder: Path, name: str, part: str) -> Path:
     """Where the weights lie in a model that a training has registered."""
     try:

@@ -1,5 +1,6 @@
 """What a training left, in any layout, is where another one starts: the same vectors, the same tokens, the same loss."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -71,6 +72,23 @@ def test_a_checkpoint_of_another_training_with_transformers(tmp_path):
     with pytest.raises(ValueError, match="models.question_encoder: .* is incomplete") as error:
         load_encoder(folder, "models.question_encoder")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_checkpoint_whose_models_were_once_in_half_precision_is_read_in_the_type_that_is_asked_for(tmp_path, stored):
+    rag = rag_of("bart")
+    save_rag(rag, tmp_path, "sequence")
+    config = json.loads((tmp_path / "config.json").read_text())
+    for part in ("question_encoder", "generator"):
+        config[part]["dtype"] = str(stored).removeprefix("torch.")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    encoder = load_encoder(str(tmp_path), "models.question_encoder").model
+    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), rag.question_encoder.parameters(), strict=True))
+    for loading, dtype in ((None, torch.float32), ({"dtype": torch.bfloat16}, torch.bfloat16)):
+        model = load_generator(str(tmp_path), loading=loading).model
+        assert {value.dtype for value in model.parameters()} == {dtype}
+        same = zip(model.parameters(), rag.generator_model.parameters(), strict=True)
+        assert all(torch.equal(a, b.to(dtype)) for a, b in same)
 
 
 def test_its_reranker_and_its_context_encoder(tmp_path):
