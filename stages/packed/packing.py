@@ -162,8 +162,10 @@ def attention(
     if shared > 1:
         key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
     padded = [p.unpack(t).transpose(1, 2) for p, t in ((asking, query), (asked, key), (asked, value))]
-    mask = _mask(asking, asked, causal, window)
-    mixed = F.scaled_dot_product_attention(*padded, attn_mask=mask, dropout_p=dropout, scale=scale)
+    # Within a row padding stands behind all that is real: a causal query sees none of it, and torch computes half of it all.
+    plain = causal and window is None and asking is asked
+    mask = None if plain else _mask(asking, asked, causal, window)
+    mixed = F.scaled_dot_product_attention(*padded, attn_mask=mask, dropout_p=dropout, is_causal=plain, scale=scale)
     return asking.pack(mixed.transpose(1, 2))
 
 
