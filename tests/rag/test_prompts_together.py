@@ -11,11 +11,11 @@ from stages.generation import marginalization
 from stages.generation.contexts import assemble_together
 from stages.generation.generator import generator_from
 from stages.generation.tokenizer import passage_tokens
-from stages.params import Evaluate
 from stages.rag.folder import load_rag_parts, save_rag
 from stages.rag.model import open_rag
 from stages.training.trainer import Trainer
 from stages.training.validation import validation_loss
+from tests.evaluation.test_answering import SETTINGS as ASKING
 from tests.rag.test_model import lose
 from tests.tiny_rag import ANSWERS, LENGTHS, NEW, QUESTIONS, SETTINGS, tiny_rag, tokenizer
 
@@ -31,7 +31,6 @@ CONFIGS = {
     ),
 }  # fmt: skip
 EVERYTHING = list(range(len(QUESTIONS)))
-ASKING = Evaluate(split="test", num_samples=None, decoding="thorough", num_beams=2, batch_size=4, precision="fp32")
 TOGETHER = NEW.model_copy(update={"reading": "together", "retriever_gradient": "emdr2"})
 
 
