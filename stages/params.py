@@ -252,6 +252,7 @@ class Train(Section):
     save_total_limit: Positive
     gradient_checkpointing: bool
     compile: bool
+    bf16_copy: bool
     halve_on_oom: bool
     max_skipped_steps: Positive
     index_refresh_steps: Count

@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--compiled", action="store_true", help="torch.compile the layers (a minute of warm-up)")
     made.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="CUDA graphs in training")
     made.add_argument(
-        "--autocast", action="store_true", help="bf16 by autocast alone, without bf16 copies of the weights"
+        "--bf16-copy", action="store_true", help="as train.bf16_copy: a bf16 copy of the weights in place of autocast"
     )
     made.add_argument("--engine", choices=("exact", "faiss-gpu"), default="exact", help="search: ours, or FAISS's")
     made.add_argument("--profile", type=Path, help="train: write the costliest kernels of three steps here, as text")

@@ -59,7 +59,7 @@ def bench_train(options: Namespace, device: torch.device) -> dict:
 def rag_to_train(options: Namespace, device: torch.device) -> Rag:
     """Random weights of the chosen shapes over random passages, compiled if that is asked for."""
     rag = random_models.random_rag(options.shapes, options.passages[0], options.n_docs, device)
-    if not options.autocast and precision_of(options, device) == "bf16":
+    if options.bf16_copy and precision_of(options, device) == "bf16":
         rag.work_in(torch.bfloat16)
     if rag.packed and options.compiled:
         rag.packed.compile()

@@ -101,7 +101,7 @@ def build_rag(
     few_bits = lora and lora.base in QUANTIZED
     if few_bits and ranks.is_main():
         print(f"models.lora.base: {lora.base}: without CUDA graphs and without train.compile")
-    if precision == "bf16":
+    if params.train.bf16_copy and precision == "bf16":
         rag.work_in(torch.bfloat16)
     if params.train.compile and rag.packed and not few_bits:
         rag.packed.compile()
