@@ -101,7 +101,8 @@ def trainer_of(
         prior_learning_rate=1e-2, answers="first", warmup_steps=0, weight_decay=0.01,
         max_grad_norm=1.0, label_smoothing=0.0,
         logging_steps=logging_steps, eval_steps=steps, save_steps=steps, save_total_limit=1,
-        gradient_checkpointing=False, compile=False, halve_on_oom=False, max_skipped_steps=20, index_refresh_steps=0,
+        gradient_checkpointing=False, compile=False, bf16_copy=False, halve_on_oom=False, max_skipped_steps=20,
+        index_refresh_steps=0,
     )  # fmt: skip
     return Trainer(rag, recipe, settings, precision_of(options, device), 1, None)
 
