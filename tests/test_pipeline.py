@@ -511,6 +511,35 @@ def test_a_reranker_trains_is_asked_and_measured_and_fsdp_refuses_it(project):
     run(project, "dvc", "checkout")
 
 
+def test_passages_are_read_together(project, tmp_path):
+    from transformers import BartForConditionalGeneration, DPRQuestionEncoder
+
+    changes = {
+        "recipes.new.reading": "together", "recipes.new.retriever_gradient": "emdr2", "retriever.n_docs": 3,
+        "train.max_steps": 12, "train.eval_steps": 6, "train.batch_size": 8, "train.learning_rate": "3e-4",
+    }  # fmt: skip
+    settings = [part for name, value in changes.items() for part in ("-S", f"{name}={value}")]
+    assert ran(run(project, "dvc", "exp", "run", *settings).stdout)[-3:] == ["train", "evaluate", "report"]
+    validation = [loss for _, loss in curve(project, "val_loss_per_sequence")]
+    assert len(validation) == 3 and validation[-1] < validation[0]
+    assert len(curve(project, "retriever_loss")) == 6
+    assert curve(project, "question_encoder_gradient_norm")[-1][1] > 0
+    trained = json.loads((project / "data/model/run.json").read_text())
+    client, _ = mlflow_of(project)
+    assert len(client.get_metric_history(trained["run_id"], "loss/retriever")) == 6
+    for part, kind in (("generator", BartForConditionalGeneration), ("question_encoder", DPRQuestionEncoder)):
+        _, told = kind.from_pretrained(project / "data/model" / part, output_loading_info=True)
+        assert not told["missing_keys"] and not told["unexpected_keys"]
+    assert "probability" in run(project, "python", "-m", "stages.ask", "Where is Warsaw Modlin Airport?").stdout
+    run(project, "python", "-m", "stages.publish", str(tmp_path / "mine"))
+    card = (tmp_path / "mine/README.md").read_text(encoding="utf-8")
+    assert (
+        "reads all retrieved passages" in card and "| reading | together |" in card and 'subfolder="generator"' in card
+    )
+    run(project, "git", "checkout", "-q", ".")
+    run(project, "dvc", "checkout")
+
+
 def test_sharded_by_accelerate_it_trains_and_leaves_the_same_files(project, tmp_path):
     """One process finds in the checkpoints what the two that held a half each have left there."""
     run(project, "dvc", "repro")  # whatever another test has left
