@@ -58,7 +58,7 @@ def test_unanswerable_questions_are_learned_and_scored_apart(tmp_path, monkeypat
     metrics, predictions = whole_way(
         rows(lambda i, valley: [] if i % 2 else [valley]), data={"unanswerable": "unanswerable"}
     )
-    assert metrics["questions_without_answer"] == 1 and metrics["answer_recall_at_1"] == 100.0
+    assert metrics["questions_without_answer"] == 1 and metrics["answer_recall_at_5"] == 100.0
     assert metrics["em"] == (metrics["has_ans_em"] + metrics["no_ans_em"]) / 2
     assert [row["answers"] for row in predictions] == [["Rook"], ["unanswerable"]]
 

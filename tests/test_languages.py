@@ -109,7 +109,7 @@ def test_the_whole_way(tmp_path, monkeypatch, language):
         "train": [{name: row[name] for name in ("id", "question", "answers")} for row in asked[:6]],
         "validation": asked[6:8], "test": asked[8:],
     }  # fmt: skip
-    metrics, predictions = whole_way(rows, data={"language": language})
+    metrics, predictions = whole_way(rows, data={"language": language}, retriever={"hybrid_weight": 10.0})
     positives = list(read_rows(Path("data/positives/train.arrow")))
     assert positives == [{"question": row, "passage": row} for row in range(6)]
     assert metrics["recall_at_1"] == metrics["mrr_at_10"] == metrics["ndcg_at_10"] == 100.0

@@ -122,10 +122,19 @@ def test_a_jax_that_is_installed_stays_off_the_gpu(tmp_path):
     assert "jax on cpu" in done.stdout
 
 
-def test_recall_is_absent_where_no_test_question_names_a_passage(tmp_path, monkeypatch):
+def test_recall_is_by_answers_where_no_test_question_names_a_passage(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "data/prepared/passages.arrow", PASSAGES, [{"id": "a", "title": "", "text": "a tower"}])
     for split in ("train", "validation", "test"):
-        row = {"id": "q", "question": "Which tower?", "answers": ["x"], "positive_ids": []}
+        row = {
+            "id": "q",
+            "question": "Which tower?",
+            "answers": ["x" if split != "test" else "tower"],
+            "positive_ids": [],
+        }
         write_rows(tmp_path / f"data/prepared/{split}.arrow", QUESTIONS, [row])
-    assert lexical.find_hits(tmp_path, 1, 1, "en") == {}
+    for number, (more, expected) in enumerate(
+        [((), {"answer_recall_at_1": 100.0}), (("tower",), {}), ((None, True), {"answer_recall_at_1": 100.0})]
+    ):
+        (tmp_path / str(number)).mkdir()
+        assert lexical.find_hits(tmp_path / str(number), 1, 1, "en", *more) == expected
