@@ -164,6 +164,7 @@ def facts(experiments: list[Experiment]) -> list[tuple[str, list[str]]]:
         ("questions", lambda one: f"{len(one.rows):,} ({one.settings.get('evaluate.split', 'test')})"),
         ("passages in the index", lambda one: f"{one.scores['passages']:,.0f}"),
         ("passages read a question", lambda one: one.n_docs),
+        ("read", lambda one: one.settings.get("recipe.reading")),
         ("validation loss, nats a question", lambda one: f"{one.training['val_loss_per_sequence']:.3f}"),
         ("before training", lambda one: f"{one.training['val_loss_before_training']:.3f}"),
         ("optimizer steps", lambda one: f"{one.training['steps']:,.0f}"),
