@@ -111,9 +111,11 @@ def summary(metrics: dict[str, float], split: str) -> str:
             f"{metrics['questions_with_gold_passage']} {split} questions without answers"
         )
     kind = "recall" if "recall_at_5" in metrics else "answer_recall"
+    # Unanswerable questions alone have neither.
+    recall = f", {kind.replace('_', ' ')}@5 {metrics[f'{kind}_at_5']:.1f}" if f"{kind}_at_5" in metrics else ""
     oracle = f"gold passage given: EM {metrics['oracle_em']:.1f}, " if "oracle_em" in metrics else ""
     return (
-        f"EM {metrics['em']:.1f}, F1 {metrics['f1']:.1f}, {kind.replace('_', ' ')}@5 {metrics[f'{kind}_at_5']:.1f} on "
+        f"EM {metrics['em']:.1f}, F1 {metrics['f1']:.1f}{recall} on "
         f"{metrics['questions']} {split} questions ({oracle}no passage: {metrics['closed_book_em']:.1f})"
     )
 

@@ -39,7 +39,7 @@ def main() -> None:
         "index": {"import_path": describe(import_path, "index.import_path")} if import_path else {},
     }
 
-    check_once(params, parts)
+    check_once(params, parts | found["index"])
     INPUTS.mkdir(parents=True, exist_ok=True)
     for name, entries in found.items():
         write_json(INPUTS / f"{name}.json", entries)
@@ -48,7 +48,7 @@ def main() -> None:
 def check_once(params: Params, parts: dict[str, dict]) -> None:
     """Raises ValueError for models, lengths and parameters that do not go together; what fitted is not looked at again.
 
-    It takes some seconds, this stage runs every time.
+    `parts`: sizes and hashes of the models and of the index's file. It takes some seconds, this stage runs every time.
     """
     from stages.storage.manifest import write_json
 

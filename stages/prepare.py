@@ -60,8 +60,8 @@ def main() -> None:
         for split, rows in questions.items():
             if without := sum(not row["answers"] for row in rows):
                 print(
-                    f"{split}: {without} of {len(rows)} questions have no answer: they serve the retriever alone (`dvc repro "
-                    "index lexical`, then `python -m stages.recall`), training and evaluation of a generator refuse them"
+                    f"{split}: {without} of {len(rows)} questions have no answer: they train and measure retrieval alone; "
+                    "beside answered ones a generator's training (train, validation) and evaluation (a split) refuse them"
                 )
             write_rows(prepared / f"{split}.arrow", QUESTIONS, rows)
     count = len(read_rows(PREPARED / "passages.arrow"))

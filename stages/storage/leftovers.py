@@ -35,11 +35,12 @@ def lines(root: Path, name: str, description: dict) -> list[str]:
     recipe = description["settings"].get("train", {}).get("recipe")
     known = [(folder, found) for folder in others if (found := _description(folder)) and _checkpoints(folder)]
     alike = [pair for pair in known if pair[1]["settings"].get("train", {}).get("recipe") == recipe]
-    if alike and not _checkpoints(root / FOLDER / name):
+    goes_on = bool(_checkpoints(root / FOLDER / name)) or (root / FOLDER / name / "finished").is_dir()
+    if alike and not goes_on:
         folder, found = max(alike, key=lambda pair: pair[0].stat().st_mtime)
         last = _checkpoints(folder)[-1].name
         told.append(f"starts anew: {FOLDER}/{folder.name} ({last}) differs in {differences(found, description)}")
-    if (told_of := finished_otherwise(root, description)) is not None:
+    if not goes_on and (told_of := finished_otherwise(root, description)) is not None:
         told.append(told_of)
     if others:
         size = sum(file.stat().st_size for folder in others for file in folder.rglob("*") if file.is_file())

@@ -8,6 +8,7 @@ from stages.compute.precision import cast_weights, generator_dtype
 from stages.corpus.arrow import gold_grades
 from stages.evaluate import summary
 from stages.evaluation.answering import answer, evaluate, retrieve
+from stages.evaluation.scoring import Rules
 from stages.generation import marginalization
 from stages.params import Evaluate, load_params
 from stages.verdicts.of_evaluation import evaluation_signs
@@ -72,6 +73,14 @@ def test_without_gold_passages_there_are_no_such_metrics_and_nothing_is_decoded_
     named = evaluate(tiny_rag(), ASKED, PASSAGES, GOLD_ROWS, SETTINGS, "sequence")[0]
     assert decoded[2:] == ["answer", "closed book", "gold passage"]
     assert ", recall@5" in summary(named, "test") and "gold passage given: EM" in summary(named, "test")
+
+
+def test_unanswerable_questions_alone_have_no_recall_to_tell():
+    asked = ASKED.remove_columns("answers").add_column("answers", [["none"]] * 9)
+    rules = Rules(unanswerable="none")
+    metrics, _ = evaluate(tiny_rag(), asked, PASSAGES, [{}] * 9, SETTINGS, "sequence", rules=rules)
+    assert metrics["questions_without_answer"] == 9 and "answer_recall_at_5" not in metrics
+    assert "recall" not in summary(metrics, "test") and "on 9 test questions" in summary(metrics, "test")
 
 
 @pytest.mark.parametrize("marginal", ["sequence", "token"])

@@ -191,3 +191,14 @@ def test_what_fitted_is_not_looked_at_again_and_loads_no_library(values, tmp_pat
             run(inputs.main)
     assert list(Path(".checkpoints").iterdir()) == [known] and json.loads(known.read_text())
     assert torch.get_default_device() == torch.device("cpu")
+
+
+def test_another_file_to_import_under_the_same_name_is_looked_at(values):
+    dimension = json.loads((ENCODER / "config.json").read_text())["hidden_size"]
+    np.save("mine.npy", np.zeros((3, dimension), dtype=np.float32))
+    values["index"]["import_path"] = "mine.npy"
+    Path("params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    run(inputs.main)
+    np.save("mine.npy", np.zeros((3, 8), dtype=np.float32))
+    with pytest.raises(SystemExit, match="error: index.import_path: mine.npy holds vectors of 8 dimensions"):
+        run(inputs.main)

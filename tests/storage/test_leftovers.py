@@ -82,6 +82,12 @@ def test_a_finished_training_of_fewer_steps_is_offered_as_the_start(tmp_path, in
     assert "cp -rL data/model my-model && cp -rL data/retriever/context_encoder my-model/" in told
     for other in (of_steps(120), of_steps(60), of_steps(240, rate=5e-4)):
         assert "train.max_steps 120" not in "\n".join(leftovers.lines(tmp_path, *other))
+    longer, description = of_steps(240)
+    checkpoints = Checkpoints(tmp_path / leftovers.FOLDER / longer, 2, description)
+    checkpoints.save(130, {"w": torch.ones(2)}, {})  # which goes on, killed and started again
+    assert "anew" not in "\n".join(leftovers.lines(tmp_path, longer, description))
+    checkpoints.finish({"w": torch.ones(2)}, {})
+    assert "anew" not in "\n".join(leftovers.lines(tmp_path, longer, description))
     inputs.write_text("2")
     assert "train.max_steps 120" not in "\n".join(leftovers.lines(tmp_path, *of_steps(240)))
 
