@@ -12,10 +12,11 @@ def evaluation_signs(metrics: dict[str, float], limits: Signs) -> Verdicts:
     """
     signs = _of_answers(metrics, limits) if "em" in metrics else [Sign("em", None, "EM: no question has an answer", "")]
     if count := metrics.get("questions_without_passages"):
+        answered = " and were answered from themselves alone" if "em" in metrics else ""
         signs.append(
             Sign(
                 "finds_passages", False,
-                f"{count} of {metrics['questions']} questions found no passage and were answered from themselves alone",
+                f"{count} of {metrics['questions']} questions found no passage{answered}",
                 "raise index.nprobe or index.ef_search, or take index.factory: Flat",
             )
         )  # fmt: skip

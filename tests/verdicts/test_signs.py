@@ -62,3 +62,10 @@ def test_a_validation_loss_that_is_not_finite_is_bad_at_the_end_and_unknown_at_t
     assert training_signs([POINT], known, LIMITS, False).tags["sign.val_loss"] == "n/a"
     del known["val_loss_per_sequence"]
     assert training_signs([POINT], known, LIMITS, False).tags["sign.val_loss"] == "bad"
+
+
+def test_questions_without_passages_were_answered_only_where_there_are_answers():
+    lost = {"questions": 9, "questions_without_passages": 2}
+    alone, answered = evaluation_signs(lost, LIMITS).text, evaluation_signs(lost | {"em": 4.0}, LIMITS).text
+    assert "2 of 9 questions found no passage" in alone and "answered" not in alone
+    assert "2 of 9 questions found no passage and were answered from themselves" in answered
