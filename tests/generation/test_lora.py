@@ -1,5 +1,6 @@
 """Adapters on a frozen base in fewer bits: the same loss, a gradient for the adapters alone, one plain model in the end."""
 
+import copy
 import importlib.util
 
 import pytest
@@ -158,7 +159,7 @@ def test_a_base_is_loaded_in_its_type(tmp_path):
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 def test_few_bits_learn_and_become_plain_weights(base, error, targets, tmp_path, monkeypatch):
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)  # a CPU's own order of 4 bits
-    model = AutoModelForCausalLM.from_config(CAUSAL["llama"], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CAUSAL["llama"]), dtype=torch.float32)
     model.save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", **quantized(base, CPU))
     original = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)

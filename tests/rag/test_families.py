@@ -1,5 +1,7 @@
 """Every generator family through the whole way: trained a few steps, saved, loaded, asked."""
 
+import copy
+
 import pytest
 import torch
 from transformers import (
@@ -43,7 +45,8 @@ def rag_of(family: str) -> Rag:
         return rag
     torch.manual_seed(0)
     if family in CAUSAL:
-        model = AutoModelForCausalLM.from_config(CAUSAL[family]).eval()
+        # A model writes into its configuration: what LoRA's bf16 base was would be the next test's type.
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(CAUSAL[family])).eval()
         generator = generator_from(model, tokenizer("generator"))
         return open_rag(rag.encoder, generator, rag.index, rag.passages, 3, LENGTHS, torch.device("cpu"))
     config = T5Config(
