@@ -34,7 +34,7 @@ def main() -> None:
     from stages.evaluation.retrieval import evaluate_retrieval
     from stages.evaluation.scoring import Rules
     from stages.rag.folder import load_rag_parts
-    from stages.rag.model import open_rag_on
+    from stages.rag.opening import open_rag_on
     from stages.rag.prior import load_prior
     from stages.search.passage_index import index_folders
     from stages.search.reranking import load_reranker

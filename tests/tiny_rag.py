@@ -21,7 +21,8 @@ from stages.encoders.encoder import Encoder
 from stages.generation.generator import generator_from
 from stages.generation.tokenizer import passage_tokens
 from stages.params import Lengths, Recipe, Train
-from stages.rag.model import Rag, open_rag
+from stages.rag.model import Rag
+from stages.rag.opening import open_rag
 from stages.rag.prior import PriorWeights, Weights
 from stages.search.index_kinds import build_index
 from stages.search.passage_index import PassageIndex, describe_index, write_index

@@ -26,7 +26,8 @@ from stages.generation.generator import Generator
 from stages.generation.seq2seq import Seq2Seq
 from stages.params import Lengths
 from stages.rag.batches import Examples
-from stages.rag.model import Rag, open_rag
+from stages.rag.model import Rag
+from stages.rag.opening import open_rag
 from stages.search.passage_index import PassageIndex
 
 LENGTHS = Lengths(question_tokens=64, passage_tokens=280, context_tokens=300, answer_tokens=24)

@@ -15,7 +15,7 @@ from stages.evaluation.decoding import Answer
 from stages.generation import marginalization
 from stages.params import Params
 from stages.rag.folder import load_rag_parts
-from stages.rag.model import open_rag_on
+from stages.rag.opening import open_rag_on
 from stages.rag.prior import load_prior
 from stages.search.passage_index import index_folders
 from stages.search.reranking import load_reranker

@@ -13,7 +13,7 @@ from stages.encoders.encoder import check_pair, load_encoder
 from stages.generation.generator import load_generator
 from stages.generation.lora import add_lora, check_base
 from stages.params import Models, Params
-from stages.rag.model import check_lengths
+from stages.rag.opening import check_lengths
 from stages.search.adopted_index import check_header
 from stages.search.index_kinds import empty_index, set_search_parameters
 from stages.search.own_vectors import open_own

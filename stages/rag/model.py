@@ -7,7 +7,6 @@ reranker the passages read are the best of more candidates.
 """
 
 from contextlib import nullcontext
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -26,17 +25,15 @@ from stages.generation.vocabulary import padded_log_probs
 from stages.packed.cuda_graphs import CudaGraphs
 from stages.packed.packing import PackedAnswers
 from stages.packed.working_copy import WorkingCopy
-from stages.params import Lengths, Params
+from stages.params import Lengths
 from stages.rag.ahead import Found
 from stages.rag.batches import Examples, RagBatch
-from stages.rag.prior import PriorWeights, Weights, prior_of
+from stages.rag.prior import PriorWeights, Weights
 from stages.rag.together import read_together
 from stages.search.fusion import fuse
 from stages.search.passage_encoder import PassageEncoder
-from stages.search.passage_index import PassageIndex, doc_scores, load_index
+from stages.search.passage_index import PassageIndex, doc_scores
 from stages.search.reranking import Reranker
-
-FEWEST_PASSAGE_TOKENS = 8  # that must fit beside the longest question
 
 
 class RagOutput(NamedTuple):
@@ -312,79 +309,3 @@ def packed_likelihood(generator: Generator) -> PackedBart | PackedCausal | None:
     if PackedBart.fits(generator.model.config):
         return PackedBart(generator.model, *generator.decoder_prefix)
     return PackedCausal(generator) if PackedCausal.fits(generator.model.config) else None
-
-
-def check_lengths(generator: Generator, lengths: Lengths, together: int = 1) -> None:
-    """Raises ValueError where the generator has fewer positions than contexts of `together` passages and answers take, or no
-    passage fits beside a question."""
-    alone, needed = (
-        generator.positions_needed(lengths.context_tokens, lengths.answer_tokens, n) for n in (1, together)
-    )
-    has = f"{needed} positions, but the generator has {generator.max_positions}"
-    if generator.max_positions and generator.max_positions < alone:
-        raise ValueError(
-            f"lengths.context_tokens: {lengths.context_tokens} with lengths.answer_tokens {lengths.answer_tokens} takes {has}"
-        )
-    if generator.max_positions and generator.max_positions < needed:
-        raise ValueError(
-            f"retriever.n_docs: {together} passages of lengths.context_tokens ({lengths.context_tokens}), read together, with "
-            f"lengths.answer_tokens {lengths.answer_tokens} take {has}; lower n_docs or context_tokens, or use reading: each"
-        )
-    frame = len(generator.context_prefix) + len(generator.context_suffix)
-    least = lengths.question_tokens + frame + FEWEST_PASSAGE_TOKENS
-    if lengths.context_tokens < least:
-        raise ValueError(
-            f"lengths.context_tokens: {lengths.context_tokens} leaves no room for a passage: a question takes up to "
-            f"lengths.question_tokens ({lengths.question_tokens}), what the generator wants around a context {frame}; use "
-            f"{least} or more"
-        )
-
-
-def open_rag(
-    encoder: Encoder, generator: Generator, index: PassageIndex, passages: TokenStore, n_docs: int, lengths: Lengths,
-    device: torch.device, prior: PriorWeights | None = None, passage_encoder: PassageEncoder | None = None,
-    reranker: Reranker | None = None, rerank_depth: int = 0, models_move: bool = True, reading: str = "each",
-) -> Rag:  # fmt: skip
-    """Puts the pieces together on `device`; without a `prior` scores are inner products.
-
-    With a `passage_encoder` the context encoder trains too. Unless `models_move`, the models stay where they are.
-    `reading` each or together decides how many positions the generator must have.
-
-    Raises ValueError where they do not fit each other."""
-    if encoder.dimension != index.vectors.shape[1]:
-        raise ValueError(
-            f"models.question_encoder: its vectors have {encoder.dimension} dimensions, those of the index "
-            f"{index.vectors.shape[1]}; use the encoder that belongs to models.context_encoder"
-        )
-    if len(passages) != len(index.vectors):
-        raise ValueError(
-            f"the index holds {len(index.vectors)} passages, data/tokens {len(passages)}; run `dvc repro` to make them agree"
-        )
-    if reranker and len(reranker.tokens) != len(passages):
-        raise ValueError(
-            f"data/reranker holds {len(reranker.tokens)} passages, data/tokens {len(passages)}; run `dvc repro` to make them "
-            "agree"
-        )
-    check_lengths(generator, lengths, n_docs if reading == "together" else 1)
-    on_device = passages.to(device) if device.type == "cuda" else passages
-    searched = index.to(device, together=True)
-    reranking = reranker and reranker.to(device)
-    rag = Rag(encoder, generator, searched, on_device, n_docs, lengths, prior, passage_encoder, reranking, rerank_depth)
-    return rag.to(device) if models_move else rag
-
-
-def open_rag_on(
-    parts: tuple[Encoder, Generator], index: tuple[Path, Path], tokens: Path, params: Params, device: torch.device,
-    prior: PriorWeights | None = None, passage_encoder: PassageEncoder | None = None, reranker: Reranker | None = None,
-    models_move: bool = True,
-) -> Rag:  # fmt: skip
-    """`open_rag` of a question encoder and a generator over an index and its vectors, and the tokens, in these folders.
-
-    Without a `prior` it is that of the parameters.
-    """
-    searching, retriever = load_index(*index, params.index), params.retriever
-    return open_rag(
-        *parts, searching, TokenStore.open(tokens), retriever.n_docs, params.lengths, device,
-        prior or prior_of(retriever), passage_encoder, reranker, retriever.rerank_depth, models_move,
-        params.recipe.reading,
-    )  # fmt: skip

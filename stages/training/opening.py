@@ -17,7 +17,8 @@ from stages.generation.lora import QUANTIZED, add_lora, loading
 from stages.params import Params
 from stages.rag import folder
 from stages.rag.batches import Examples
-from stages.rag.model import Rag, open_rag_on
+from stages.rag.model import Rag
+from stages.rag.opening import open_rag_on
 from stages.rag.prior import starting_prior
 from stages.search.passage_encoder import PassageEncoder
 from stages.search.reranking import load_reranker

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from stages.evaluation.answering import answer, evaluate, retrieve
 from stages.generation import marginalization
 from stages.generation.generator import generator_from
-from stages.rag.model import open_rag
+from stages.rag.opening import open_rag
 from tests.evaluation.test_answering import ASKED, GOLD_ROWS, PASSAGES, SETTINGS
 from tests.evaluation.test_decoding import check
 from tests.rag.test_model import lose

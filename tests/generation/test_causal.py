@@ -14,7 +14,7 @@ from stages.generation.generator import generator_from, load_generator, load_sav
 from stages.generation.lora import add_lora
 from stages.params import Lora
 from stages.rag.folder import load_rag_parts, save_rag
-from stages.rag.model import open_rag
+from stages.rag.opening import open_rag
 from stages.training.trainer import Trainer
 from tests.generation.test_generator import batch, bpe_tokenizer, tiny_model
 from tests.rag.test_families import CAUSAL, answers_of, rag_of

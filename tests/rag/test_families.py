@@ -19,7 +19,8 @@ from stages.evaluation.decoding import generate
 from stages.generation import marginalization
 from stages.generation.generator import generator_from
 from stages.rag.folder import load_rag_parts, save_rag
-from stages.rag.model import Rag, open_rag
+from stages.rag.model import Rag
+from stages.rag.opening import open_rag
 from stages.training.trainer import Trainer
 from tests.tiny_rag import ANSWERS, LENGTHS, NEW, QUESTIONS, SETTINGS, tiny_rag, tokenizer
 

@@ -16,7 +16,7 @@ from stages.encoders.encoder import Encoder
 from stages.evaluation.decoding import generate
 from stages.generation.marginalization import log_prior
 from stages.rag.folder import load_rag_parts, save_rag
-from stages.rag.model import open_rag
+from stages.rag.opening import open_rag
 from stages.storage import manifest
 from stages.training.trainer import Trainer
 from tests.rag.test_families import rag_of

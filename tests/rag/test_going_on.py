@@ -14,7 +14,7 @@ from stages.encoders.encoder import load_encoder
 from stages.generation.generator import load_generator
 from stages.generation.tokenizer import load_tokenizer
 from stages.rag.folder import save_rag
-from stages.rag.model import open_rag
+from stages.rag.opening import open_rag
 from stages.storage.model_folders import part_of
 from tests.generation.test_causal import losses
 from tests.rag.test_families import rag_of

@@ -6,7 +6,7 @@ from transformers import BertConfig, BertModel, RagSequenceForGeneration, RagTok
 
 from stages.encoders.encoder import Encoder
 from stages.rag.folder import load_rag_parts, save_rag
-from stages.rag.model import open_rag
+from stages.rag.opening import open_rag
 from stages.rag.prior import PriorWeights, Weights
 from tests.tiny_rag import ANSWERS, QUESTIONS, TITLES, tiny_rag
 

@@ -12,7 +12,7 @@ from stages.generation.contexts import assemble_together
 from stages.generation.generator import generator_from
 from stages.generation.tokenizer import passage_tokens
 from stages.rag.folder import load_rag_parts, save_rag
-from stages.rag.model import open_rag
+from stages.rag.opening import open_rag
 from stages.training.trainer import Trainer
 from stages.training.validation import validation_loss
 from tests.evaluation.test_answering import SETTINGS as ASKING

@@ -8,7 +8,7 @@ import torch
 from stages.bm25.hits import Hits
 from stages.params import load_params
 from stages.rag.folder import save_rag
-from stages.rag.model import open_rag
+from stages.rag.opening import open_rag
 from stages.rag.prior import PriorWeights, Weights, load_prior
 from tests.tiny_rag import ANSWERS, LENGTHS, QUESTIONS, TITLES, reranked_rag, tiny_rag
 

@@ -9,7 +9,7 @@ from stages.generation.generator import generator_from
 from stages.generation.seq2seq import Contexts
 from stages.packed.cuda_graphs import fill
 from stages.packed.packing import Packing
-from stages.rag.model import open_rag
+from stages.rag.opening import open_rag
 from stages.rag.together import read_together
 from tests.generation.test_packed_bart import distance
 from tests.rag.test_families import rag_of

@@ -5,7 +5,7 @@ import torch
 
 from stages.corpus.token_store import TokenStore, write_tokens
 from stages.encoders.reranker_warmup import asked_rows
-from stages.rag.model import open_rag
+from stages.rag.opening import open_rag
 from stages.search import reranker_folder, reranking
 from stages.search.candidates import fitted_weights
 from stages.search.reranking import load_reranker

@@ -19,7 +19,7 @@ from stages.encoders.encoder import Encoder, load_encoder, padded_rows
 from stages.generation import marginalization
 from stages.machine.signals import Interrupted
 from stages.rag.folder import load_rag_parts, save_rag
-from stages.rag.model import open_rag
+from stages.rag.opening import open_rag
 from stages.rag.prior import PriorWeights, Weights
 from stages.search.passage_encoder import PassageEncoder
 from stages.search.passage_index import index_folders, load_index

@@ -8,7 +8,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from stages.generation.lora import add_lora
 from stages.params import Lora
 from stages.rag.folder import load_rag_parts, save_rag
-from stages.rag.model import open_rag
+from stages.rag.opening import open_rag
 from stages.storage.checkpoints import Checkpoints
 from stages.training.curves import tracked_name
 from stages.training.throughput import training_flop, weights_by_tokens
