@@ -39,8 +39,3 @@ def start(generator: Generator, contexts: Any) -> State:
     if generator.model.config.model_type == "bart":
         return BartState(generator.model, contexts.states, contexts.mask, generator.decoder_prefix)
     return Seq2SeqState(generator, contexts)
-
-
-def next_token(state: State, tokens: Tensor) -> Tensor:
-    """Feed `tokens` [R], one a hypothesis; log p of the next, fp32 [R, V]."""
-    return state.advance(tokens[:, None])[:, -1].float().log_softmax(-1)

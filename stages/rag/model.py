@@ -28,7 +28,7 @@ from stages.packed.working_copy import WorkingCopy
 from stages.params import Lengths
 from stages.rag.ahead import Found
 from stages.rag.batches import Examples, RagBatch
-from stages.rag.prior import PriorWeights, Weights
+from stages.rag.prior import PriorWeights, combined
 from stages.rag.together import read_together
 from stages.search.fusion import fuse
 from stages.search.passage_encoder import PassageEncoder
@@ -290,18 +290,6 @@ class Rag(nn.Module):
         """What the packed likelihood says of them, by the working copy where there is one."""
         with self.working.computing() if self.working else nullcontext():
             return self.packed.score(packed, label_smoothing)
-
-
-def combined(weights: Weights, dense: Tensor, lexical: Tensor | None, crossed: Tensor | None) -> Tensor:
-    """The scores [B, K] whose softmax is the prior, of their parts; -inf where `dense` is."""
-    missing = dense.isinf()
-    # A weight that learns would get the gradient 0 x infinity from a missing passage.
-    scores = weights.score_scale * dense.masked_fill(missing, 0.0)
-    if lexical is not None:
-        scores = scores + weights.hybrid_weight * lexical
-    if crossed is not None:
-        scores = scores + weights.cross_weight * crossed
-    return (scores / weights.temperature).masked_fill(missing, float("-inf"))
 
 
 def packed_likelihood(generator: Generator) -> PackedBart | PackedCausal | None:

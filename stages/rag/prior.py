@@ -77,3 +77,15 @@ def load_prior(model: Path, settings: Retriever) -> PriorWeights:
     if not file.is_file():
         return prior_of(settings)
     return PriorWeights(Weights(**json.loads(file.read_text(encoding="utf-8"))))
+
+
+def combined(weights: Weights, dense: Tensor, lexical: Tensor | None, crossed: Tensor | None) -> Tensor:
+    """The scores [B, K] whose softmax is the prior, of their parts; -inf where `dense` is."""
+    missing = dense.isinf()
+    # A weight that learns would get the gradient 0 x infinity from a missing passage.
+    scores = weights.score_scale * dense.masked_fill(missing, 0.0)
+    if lexical is not None:
+        scores = scores + weights.hybrid_weight * lexical
+    if crossed is not None:
+        scores = scores + weights.cross_weight * crossed
+    return (scores / weights.temperature).masked_fill(missing, float("-inf"))

@@ -25,7 +25,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from stages.evaluation import decoding
+from stages.evaluation import beam_search as searching
+from stages.evaluation import rescoring
 from stages.evaluation.decoding import generate
 from stages.evaluation.states import start
 from stages.generation.generator import generator_from, load_generator
@@ -286,7 +287,7 @@ def test_every_finished_hypothesis_equals_plain_python(medium, num_beams):
     input_ids, mask, prior = questions(medium, 6, 1)
     state = start(medium, medium.encode(input_ids[:, 0], mask[:, 0]))
     first = state.first()
-    found = decoding._beam_search(medium, state, first, torch.zeros_like(prior), num_beams, 8)
+    found = searching.beam_search(medium, state, first, torch.zeros_like(prior), num_beams, 8)
     for row, hypotheses in enumerate(found):
         reference = Reference(medium, input_ids[row], mask[row])
         expected = dict(beam_search(partial(reference.next_tokens, 0), num_beams, 8))
@@ -463,7 +464,7 @@ def test_an_answer_at_the_limit_pays_for_its_eos(tmp_path, mode):
 def test_rescoring_in_small_chunks_changes_nothing(medium, monkeypatch):
     batch = questions(medium, 4, 3)
     whole = run(medium, batch, 3, 6)
-    monkeypatch.setattr(decoding, "LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr(rescoring, "LOGITS_AT_ONCE", 1)
     for answer, one_by_one in zip(whole, run(medium, batch, 3, 6), strict=True):
         check(one_by_one, (*answer.token_ids, EOS), answer.log_prob, answer.doc_log_probs, 6)
 

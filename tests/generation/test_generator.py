@@ -18,7 +18,7 @@ from transformers import (
     T5Config,
 )
 
-from stages.evaluation.states import next_token, start
+from stages.evaluation.states import start
 from stages.generation.generator import generator_from, load_generator
 from stages.generation.tokenizer import passage_tokens
 
@@ -46,6 +46,11 @@ FAMILIES = CAUSAL | {
         T5_SIZES | dict(local_radius=3, encoder_attention_type="transient-global", global_block_size=4),
     ),
 }
+
+
+def next_token(state, tokens):
+    """Feed `tokens` [R], one a hypothesis; log p of the next, fp32 [R, V]."""
+    return state.advance(tokens[:, None])[:, -1].float().log_softmax(-1)
 
 
 def bpe_tokenizer():
