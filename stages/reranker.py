@@ -146,7 +146,9 @@ def warm_up(folder: Path, params: Params, device, passages, search):
         pool = torch.full((len(known), found.rows.shape[1]), -1)
         own = OwnPassages([golds[row] for row in rows.tolist()], reranker.tokens)
         patterns = params.data.answers_are == "regex"
-        pool[seen] = without_answers(found.rows, list(some["answers"]), own, passages, patterns=patterns)
+        pool[seen] = without_answers(
+            found.rows, list(some["answers"]), own, passages, patterns=patterns, unanswerable=params.data.unanswerable
+        )
         positives = torch.full((len(known), max(len(golds[row]) for row in known)), -1)
         for place, row in enumerate(known):
             positives[place, : len(golds[row])] = torch.tensor(golds[row])

@@ -95,7 +95,8 @@ def main() -> None:
         own = OwnPassages(gold["train"], everything)
         hits = best_hits(question_encoder, context_encoder, questions["train"], everything, hard.depth, device)
         patterns = params.data.answers_are == "regex"
-        pool = without_answers(hits, list(known["train"]["answers"]), own, passages, hard.skip, patterns)
+        answers = list(known["train"]["answers"])
+        pool = without_answers(hits, answers, own, passages, hard.skip, patterns, params.data.unanswerable)
         negatives = HardNegatives(pool, hard.count)
         loss = warm_up.train(
             questions["train"], everything, own, steps=hard.steps, batch_size=settings.batch_size,

@@ -90,9 +90,14 @@ def hits_with_answers(
             yield [row >= 0 and _contains(words[row], gold) for row in of_one]
 
 
+def sought(answers: Sequence[str], unanswerable: str | None) -> list[str]:
+    """The answers of a question to look for in passages: none where it is data.unanswerable."""
+    return [] if list(answers) == [unanswerable] else list(answers)
+
+
 def with_an_answer(answers: Iterable[list[str]], unanswerable: str | None) -> dict[int, list[str]]:
     """By row, the answers of the questions that have some to look for; data.unanswerable stands for none."""
-    return {row: some for row, some in enumerate(answers) if some not in ([], [unanswerable])}
+    return {row: found for row, some in enumerate(answers) if (found := sought(some, unanswerable))}
 
 
 def _golds(answers: Iterable[str]) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stages.compute.exact_search import exact_scan
-from stages.corpus.answers import hits_with_answers
+from stages.corpus.answers import hits_with_answers, sought
 from stages.corpus.token_store import TokenStore
 from stages.encoders.encoder import Encoder
 from stages.encoders.own_passages import OwnPassages
@@ -74,15 +74,17 @@ def best_hits(
 
 def without_answers(
     hits: Tensor, answers: Sequence[list[str]], own: OwnPassages, passages: Dataset, skip: int = 0,
-    patterns: bool = False,
+    patterns: bool = False, unanswerable: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Those of the hits [Q, depth] that are negatives, in their order and behind them -1; the first `skip` are left out.
 
     A hit that contains an answer (answers.contains_answer, in title and text) is no negative, nor is one of the
-    question's own passages or a copy of one. `patterns`: answers are regular expressions.
+    question's own passages or a copy of one. `patterns`: answers are regular expressions; `unanswerable` is none to be
+    found: data.answers_are, data.unanswerable.
     """
     pool = torch.full_like(hits, -1)
-    flagged = hits_with_answers(passages, hits.tolist(), answers, patterns)
+    to_find = [sought(some, unanswerable) for some in answers]
+    flagged = hits_with_answers(passages, hits.tolist(), to_find, patterns)
     for question, flags in enumerate(tqdm(flagged, "look for answers", len(hits), unit=" questions")):
         found = hits[question]
         mine = own.among(torch.tensor([question]), found)[0]

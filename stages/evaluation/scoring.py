@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from stages.corpus import patterns
-from stages.corpus.answers import answer_words, normalize_answer
+from stages.corpus.answers import answer_words, normalize_answer, sought
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Rules:
 
     def sought(self, answers: Sequence[str]) -> list[str]:
         """The answers to look for in passages: none of a question that is unanswerable."""
-        return [] if self.unanswerable is not None and list(answers) == [self.unanswerable] else list(answers)
+        return sought(answers, self.unanswerable)
 
     def exact_match(self, prediction: str, answers: Sequence[str]) -> float:
         """1.0 for a right prediction, else 0.0; of an unanswerable question such is `unanswerable` itself or nothing."""

@@ -80,6 +80,12 @@ def test_the_best_are_passed_over_only_among_negatives():
     assert pool.tolist() == [[3, -1, -1, -1]]
 
 
+def test_no_passage_holds_the_answer_of_an_unanswerable_question():
+    hits, own = torch.tensor([[0, 1], [0, 1]]), OwnPassages([[], []], TokenStore.from_rows([[0], [1]]))
+    pool = without_answers(hits, [["none"], ["none", "one"]], own, texts("none of it", "one"), unanswerable="none")
+    assert pool.tolist() == [[0, 1], [-1, -1]]
+
+
 def test_an_answer_stands_in_a_passage_where_scoring_says_so():
     numbers = np.random.default_rng(1)
     words = ["the", "U.S.", "us", "An", "apple", "applesauce", "New", "York", "10", "10,000"]
