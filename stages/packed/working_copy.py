@@ -50,8 +50,9 @@ class WorkingCopy:
 
 
 def _hand_over(computed: nn.Parameter, own: nn.Parameter) -> None:
+    # First, or where memory runs out below it would stay, which no optimizer's zero_grad sees, and count twice.
+    found, computed.grad = computed.grad, None
     if own.grad is None:
-        own.grad = computed.grad.to(own.dtype)
+        own.grad = found.to(own.dtype)
     else:
-        own.grad.add_(computed.grad)
-    computed.grad = None
+        own.grad.add_(found)

@@ -70,6 +70,25 @@ def test_bf16_gradients_are_added_up_in_fp32(family):
     assert all(computed.grad is None for computed in rag.working.copies)
 
 
+def test_a_gradient_that_no_memory_was_left_for_is_not_counted_again(monkeypatch):
+    """zero_grad sees the model's own parameters alone, before an update begins anew in smaller passes."""
+    _, expected = loss_and_gradients(copied(torch.bfloat16))
+    rag = copied(torch.bfloat16)
+    loss = rag(rag.batch(rag.examples(QUESTIONS, ANSWERS), [0, 1]), marginal="sequence").nll.sum()
+
+    def no_memory(tensor, *_, **__):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch.Tensor, "to", no_memory)
+        loss.backward()
+    rag.zero_grad()
+    _, found = loss_and_gradients(rag)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=0)
+
+
 def test_bf16_stays_close_to_fp32():
     expected, gradients = loss_and_gradients(tiny_rag())
     with torch.autocast("cpu", torch.bfloat16):
