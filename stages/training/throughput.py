@@ -32,14 +32,17 @@ def weights_by_tokens(question_encoder: nn.Module, generator_model: nn.Module) -
     for name, module in generator_model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
-        reads_contexts = module in encoder or name.endswith(OF_CONTEXTS) or (not split and module is not head)
+        # An adapter's matrices lie below the name of the one that it adapts.
+        of_contexts = any(f"{one}." in f"{name}." for one in OF_CONTEXTS)
+        reads_contexts = module in encoder or of_contexts or (not split and module is not head)
         sizes["context"] += _worth(module) if reads_contexts else 0
         sizes["answer"] += _worth(module) if not reads_contexts or not split else 0
     return sizes
 
 
 def _worth(module: nn.Linear) -> float:
-    return module.weight.numel() * (1 if module.weight.requires_grad else 2 / 3)
+    # By its sides: a weight of 4 bits is stored two to an element.
+    return module.in_features * module.out_features * (1 if module.weight.requires_grad else 2 / 3)
 
 
 def training_flop(

@@ -5,6 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from stages.compute import ranks
+from stages.generation.lora import add_lora
+from stages.params import Lora
 from stages.training import throughput
 from stages.training.progress import distinct_share
 from stages.training.throughput import DeviceGaps, matrix_rate, training_flop, weights_by_tokens
@@ -34,6 +36,22 @@ def test_a_matrix_that_does_not_learn_counts_two_thirds():
     frozen = weights_by_tokens(rag.question_encoder, rag.generator_model)
     assert frozen["question"] == everything["question"]
     assert frozen["context"] == pytest.approx(everything["context"] * 2 / 3)
+
+
+def test_a_matrix_of_4_bits_counts_by_its_sides():
+    """bitsandbytes keeps two of its weights in a byte."""
+    layer = torch.nn.Linear(6, 4)
+    layer.weight = torch.nn.Parameter(torch.zeros((12, 1), dtype=torch.uint8), requires_grad=False)
+    assert throughput._worth(layer) == 24 * 2 / 3
+
+
+def test_adapted_projections_of_contexts_run_over_the_contexts():
+    rag = tiny_rag()
+    rag.generator_model.requires_grad_(False)
+    frozen = weights_by_tokens(rag.question_encoder, rag.generator_model)
+    add_lora(rag.generator_model, Lora(rank=1, alpha=1, dropout=0, target_modules=["k_proj"], base="fp32"))
+    adapted = weights_by_tokens(rag.question_encoder, rag.generator_model)
+    assert all(adapted[kind] > frozen[kind] for kind in ("context", "answer"))
 
 
 def test_distinct_share_is_that_of_a_set():
