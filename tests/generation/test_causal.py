@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BartConfig
 
-from stages.evaluation.states import next_token, start
+from stages.evaluation.states import start
 from stages.generation.causal import Causal, causal_from
 from stages.generation.generator import generator_from, load_generator, load_saved_generator
 from stages.generation.lora import add_lora
@@ -16,7 +16,7 @@ from stages.params import Lora
 from stages.rag.folder import load_rag_parts, save_rag
 from stages.rag.opening import open_rag
 from stages.training.trainer import Trainer
-from tests.generation.test_generator import batch, bpe_tokenizer, tiny_model
+from tests.generation.test_generator import batch, bpe_tokenizer, next_token, tiny_model
 from tests.rag.test_families import CAUSAL, answers_of, rag_of
 from tests.tiny_rag import ANSWERS, LENGTHS, NEW, QUESTIONS, SETTINGS, TITLES, tokenizer
 
