@@ -25,10 +25,10 @@ class LlamaState:
 
     shares_contexts = True
 
-    def __init__(self, model: nn.Module, contexts: SharedContexts, own: Tensor, states: Tensor):
+    def __init__(self, layers: "Layers", contexts: SharedContexts, own: Tensor, states: Tensor):
         """`own` [layers, 2, R, heads, room, d]: keys and values of the `fed` tokens so far; `states` [R, H] of the prompts'
         last tokens."""
-        self.model, self.contexts, self.own, self.states = model, contexts, own, states
+        self.layers, self.contexts, self.own, self.states = layers, contexts, own, states
         self.fed = 0
 
     @staticmethod
@@ -47,22 +47,23 @@ class LlamaState:
     @classmethod
     def of(cls, generator: Causal, prompts: Prompts) -> "LlamaState":
         """Reads the prompts, once; a hypothesis stands on each."""
-        model, packing = generator.model, Packing.of(prompts.mask)
+        layers, packing = Layers(generator.model), Packing.of(prompts.mask)
         read = []
 
         def mix(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-            read.append((key, value))
-            return attention(query, key, value, packing, packing, 0.0, causal=True, scale=scale)
+            # Contiguous: as parts of one projection they would keep the queries in memory.
+            read.append((key.contiguous(), value.contiguous()))
+            return attention(query, *read[-1], packing, packing, 0.0, causal=True, scale=scale)
 
-        states = _through(model, packing.pack(prompts.ids), packing.positions, mix)
+        states = layers.states(packing.pack(prompts.ids), packing.positions, mix)
         states = states[packing.offsets[1:].long() - 1]
         key = read[0][0]
         own = key.new_empty(len(read), 2, packing.rows, key.shape[1], ROOM, key.shape[2])
-        return cls(model, SharedContexts.of(read, packing), own, states)
+        return cls(layers, SharedContexts.of(read, packing), own, states)
 
     def first(self) -> Tensor:
         """log p of the answer's first token, fp32 [R, V]."""
-        return self.model.lm_head(self.states).float().log_softmax(-1)
+        return self.layers.head(self.states).log_softmax(-1, dtype=torch.float)
 
     def advance(self, tokens: Tensor) -> Tensor:
         """Feeds `tokens` [R, n]; the logits [R, n, V] after each of them."""
@@ -77,14 +78,15 @@ class LlamaState:
         def mix(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
             layer = next(layers)
             own = self.own[layer]
-            own[:, :, :, self.fed : end] = torch.stack([key, value]).unflatten(1, (rows, count)).transpose(2, 3)
+            for kept, made in zip(own, (key, value), strict=True):
+                kept[:, :, self.fed : end] = made.unflatten(0, (rows, count)).transpose(1, 2)
             query = query.unflatten(0, (rows, count))
             written = attend_before(query, *own[:, :, :, :end], scale)
             return merged(written, self.contexts.read(query, layer, scale)).flatten(0, 1)
 
-        states = _through(self.model, tokens.flatten(), positions.flatten(), mix)
+        states = self.layers.states(tokens.flatten(), positions.flatten(), mix)
         self.fed = end
-        return self.model.lm_head(states).unflatten(0, (rows, count))
+        return self.layers.head(states).unflatten(0, (rows, count))
 
     def reorder(self, rows: LongTensor) -> None:
         """Row r goes on from the hypothesis of row `rows[r]`, which must stand on the same prompt."""
@@ -92,34 +94,44 @@ class LlamaState:
 
     def fork(self, rows: LongTensor) -> "LlamaState":
         """A new state of the given rows, also repeated ones; the old one stays as it is. Both have the same prompts."""
-        new = LlamaState(self.model, self.contexts.under(rows), self.own.index_select(2, rows), self.states[rows])
+        new = LlamaState(self.layers, self.contexts.under(rows), self.own.index_select(2, rows), self.states[rows])
         new.fed = self.fed
         return new
 
 
-def _through(model: nn.Module, ids: Tensor, positions: Tensor, mix: Callable[..., Tensor]) -> Tensor:
-    """The states [tokens, H] that the head reads; `mix` is each layer's attention, [tokens, heads, d] its arguments."""
-    stack = model.model
-    states = stack.embed_tokens(ids)
-    cos, sin = (part[0, :, None] for part in stack.rotary_emb(states, positions[None]))
-    for layer in stack.layers:
-        module = layer.self_attn
-        normed = _norm(layer.input_layernorm, states)
-        query, key, value = (
-            project(normed).unflatten(-1, (-1, module.head_dim))
-            for project in (module.q_proj, module.k_proj, module.v_proj)
-        )
-        if hasattr(module, "q_norm"):
-            query, key = _norm(module.q_norm, query), _norm(module.k_norm, key)
-        heads = query.shape[1]
-        rotated = torch.cat([query, key], dim=1)
-        lower, upper = rotated.chunk(2, dim=-1)
-        rotated = rotated * cos + torch.cat([-upper, lower], dim=-1) * sin
-        mixed = mix(rotated[:, :heads], rotated[:, heads:], value, module.scaling)
-        # What is merged of two softmaxes is fp32.
-        states = states + module.o_proj(mixed.flatten(1).to(states.dtype))
-        states = states + layer.mlp(_norm(layer.post_attention_layernorm, states))
-    return _norm(stack.norm, states)
+class Layers:
+    """The library's layers with as few kernels between the matrix products as torch has: what they compute is theirs."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.head = model.model, model.lm_head
+        # One product in place of three. Made for every batch anew: a copy of a few weights, and no older one can be met.
+        self.projections = []
+        for layer in self.model.layers:
+            three = [getattr(layer.self_attn, f"{name}_proj") for name in "qkv"]
+            bias = None if three[0].bias is None else torch.cat([part.bias for part in three])
+            self.projections.append((torch.cat([part.weight for part in three]), bias))
+
+    def states(self, ids: Tensor, positions: Tensor, mix: Callable[..., Tensor]) -> Tensor:
+        """The states [tokens, H] that the head reads; `mix` is each layer's attention, [tokens, heads, d] its arguments."""
+        states = self.model.embed_tokens(ids)
+        cos, sin = (part[0, :, None] for part in self.model.rotary_emb(states, positions[None]))
+        lower, upper = sin.chunk(2, dim=-1)
+        sin = torch.cat([-lower, upper], dim=-1)  # the sign of the halves that change places
+        for layer, projection in zip(self.model.layers, self.projections, strict=True):
+            module = layer.self_attn
+            projected = F.linear(_norm(layer.input_layernorm, states), *projection).unflatten(-1, (-1, module.head_dim))
+            values = module.v_proj.out_features // module.head_dim
+            turned, value = projected[:, :-values], projected[:, -values:]
+            if hasattr(module, "q_norm"):
+                query, key = turned[:, :-values], turned[:, -values:]
+                turned = torch.cat([_norm(module.q_norm, query), _norm(module.k_norm, key)], dim=1)
+            lower, upper = turned.chunk(2, dim=-1)
+            turned = torch.addcmul(turned * cos, torch.cat([upper, lower], dim=-1), sin)
+            mixed = mix(turned[:, :-values], turned[:, -values:], value, module.scaling)
+            # What is merged of two softmaxes is fp32.
+            states = states + module.o_proj(mixed.flatten(1).to(states.dtype))
+            states = states + layer.mlp(_norm(layer.post_attention_layernorm, states))
+        return _norm(self.model.norm, states)
 
 
 def _norm(module: nn.Module, states: Tensor) -> Tensor:

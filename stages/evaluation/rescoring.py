@@ -100,24 +100,26 @@ def _score(
     `state` and `first` [R, V] as in `beam_search`: the contexts' keys and values are used again.
     """
     device, vocab = first.device, first.shape[-1]
-    widths = lengths.tolist()
-    rows, words, lengths = (torch.from_numpy(part).to(device) for part in (rows, words, lengths))
-    at_once = max(1, _logits_at_once(device) // (widths[-1] * vocab))
+    at_once = max(1, _logits_at_once(device) // (lengths[-1] * vocab))
     if not state.shares_contexts:  # so that the caches need little more memory than the contexts'
         at_once = min(at_once, len(first))
-    scores = []
+    order, scores = [], []
     for begin in range(0, len(rows), at_once):
-        chosen, length = rows[begin : begin + at_once], lengths[begin : begin + at_once]
-        width = widths[begin : begin + at_once][-1]
-        targets = words[begin : begin + at_once, :width]
+        some = np.arange(begin, min(begin + at_once, len(rows)))
+        width = lengths[some[-1]]
+        order.append(some[rows[some].argsort(kind="stable")])  # those on a context side by side
+        chosen, length, targets = (
+            torch.from_numpy(part[order[-1]]).to(device) for part in (rows, lengths, words[:, :width])
+        )
         log_probs = first[chosen, targets[:, 0]][:, None]
         if width > 1:
-            logits = state.fork(chosen).advance(targets[:, :-1]).float()
-            later = logits.gather(2, targets[:, 1:, None]).squeeze(2) - logits.logsumexp(-1)
-            log_probs = torch.cat([log_probs, later], dim=1)
+            later = state.fork(chosen).advance(targets[:, :-1]).log_softmax(-1, dtype=torch.float)
+            log_probs = torch.cat([log_probs, later.gather(2, targets[:, 1:, None]).squeeze(2)], dim=1)
         padding = torch.arange(width, device=device) >= length[:, None]
         scores.append(log_probs.masked_fill(padding, 0.0).sum(1))
-    return torch.cat(scores).double().cpu().numpy()
+    found = np.empty(len(rows))
+    found[np.concatenate(order)] = torch.cat(scores).cpu().numpy()
+    return found
 
 
 def _logits_at_once(device: torch.device) -> int:

@@ -22,7 +22,7 @@ class Hypotheses:
 
     context: LongTensor  # [R]
     place: LongTensor  # [R] context x width + number
-    order: LongTensor  # [R] the hypotheses sorted by context
+    order: LongTensor | None  # [R] the hypotheses sorted by context; None: they are
     ends: LongTensor  # [C + 1] where each context's begin and end in that order
     width: int
 
@@ -34,8 +34,8 @@ class Hypotheses:
         order = context.argsort(stable=True)
         number = torch.empty_like(context)
         number[order] = torch.arange(len(context), device=context.device) - ends[context[order]]
-        width = int(count.max())
-        return cls(context, context * width + number, order, ends, width)
+        width, apart = torch.stack([count.max(), (context.diff() < 0).any().long()]).tolist()
+        return cls(context, context * width + number, order if apart else None, ends, width)
 
 
 @dataclass
@@ -86,7 +86,8 @@ class SharedContexts:
     def _read_packed(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Part:
         at, heads = self.hypotheses, key.shape[1]
         # The heads that share keys ask like hypotheses of their own: so each key is read once for all of them.
-        asked = query[at.order].unflatten(2, (heads, -1)).transpose(2, 3).contiguous()
+        asked = query if at.order is None else query[at.order]
+        asked = asked.unflatten(2, (heads, -1)).transpose(2, 3).contiguous()
         each = asked.shape[1] * asked.shape[2]
         mixed, total, *_ = torch.ops.aten._flash_attention_forward(
             asked.flatten(0, 2), key, value, (at.ends * each).int(), self.packing.offsets, at.width * each,
@@ -95,7 +96,7 @@ class SharedContexts:
         parts = []
         for part in (mixed, total.transpose(0, 1)):
             found = part.unflatten(0, asked.shape[:3]).transpose(2, 3).flatten(2, 3)
-            parts.append(torch.empty_like(found).index_copy_(0, at.order, found))
+            parts.append(found if at.order is None else torch.empty_like(found).index_copy_(0, at.order, found))
         return tuple(parts)
 
 
@@ -142,7 +143,7 @@ def attend_before(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Pa
 def merged(one: Part, other: Part) -> Tensor:
     """[R, n, heads, d]: attention over the keys of both."""
     share = torch.sigmoid(one[1] - other[1])[..., None]
-    return (one[0] * share + other[0] * (1 - share)).to(one[0].dtype)
+    return torch.addcmul(other[0], one[0] - other[0], share).to(one[0].dtype)
 
 
 def uses_flash(tensor: Tensor) -> bool:
