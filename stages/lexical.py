@@ -58,7 +58,8 @@ def find_hits(
     splits = {name: read_rows(PREPARED / f"{name}.arrow") for name in ("train", "validation", "test")}
     questions = [question for rows in splits.values() for question in rows["question"]]
     (folder / "index").mkdir()
-    shards = lexical_search.save(lexical_search.shards_of(passages, K1, B, language=language), folder / "index")
+    shards = lexical_search.shards_of(passages, K1, B, language=language, processes=processes)
+    shards = lexical_search.save(shards, folder / "index")
     rows, scores = lexical_search.search(shards, questions, depth, processes, language)
     ends = np.cumsum([len(split) for split in splits.values()])[:-1]
     for name, some, their_scores in zip(splits, np.split(rows, ends), np.split(scores, ends), strict=True):

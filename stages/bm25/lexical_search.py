@@ -9,6 +9,8 @@ of the shard: at a hundred thousand passages they differ little from those of th
 import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +27,8 @@ from stages.corpus import words as scripts  # noqa: E402
 if TYPE_CHECKING:
     from datasets import Dataset  # to ask a question takes no second for it
 
-SHARD = 100_000  # passages indexed at once: about 1 GB at 100 words each
+SHARD = 100_000  # passages of one index: about 1 GB while it is made, at 100 words each
+SHARDS_AT_ONCE = 4  # made beside each other at most
 QUESTIONS_A_TASK = 256
 
 # By the language's code in ISO 639-1; Snowball and bm25s know no others.
@@ -72,22 +75,38 @@ def words_of(texts: list[str], return_ids: bool = True, language: str = "en"):
 
 
 def shards_of(
-    passages: "Dataset", k1: float = 1.5, b: float = 0.75, shard: int = SHARD, language: str = "en"
+    passages: "Dataset", k1: float = 1.5, b: float = 0.75, shard: int = SHARD, language: str = "en", processes: int = 1
 ) -> Iterator[tuple[int, bm25s.BM25]]:
-    """(first row, index) of shards of equal size, Lucene's variant of BM25; a shard without any word is left out."""
+    """(first row, index) of shards of equal size, Lucene's variant of BM25; a shard without any word is left out.
+
+    More than one process: some shards are made beside each other by forks of this one.
+    """
     pieces = max(1, -(-len(passages) // shard))
     bounds = [len(passages) * piece // pieces for piece in range(pieces + 1)]
-    for first, last in zip(bounds[:-1], bounds[1:], strict=True):
-        texts = [
-            f"{title} {text}"
-            for batch in passages.select(range(first, last)).iter(1000)
-            for title, text in zip(batch["title"], batch["text"], strict=True)
-        ]
-        words = words_of(texts, language=language)
-        if any(words.ids):
-            index = bm25s.BM25(k1=k1, b=b)
-            index.index(words, show_progress=False)
-            yield first, index
+    parts = [(first, passages.select(range(first, last))) for first, last in zip(bounds[:-1], bounds[1:], strict=True)]
+    at_once = min(processes, SHARDS_AT_ONCE, pieces)
+    made = partial(_shard, k1=k1, b=b, language=language)
+    with multiprocessing.get_context("fork").Pool(at_once) if at_once > 1 else nullcontext() as pool:
+        for group in range(0, pieces, at_once):
+            some = parts[group : group + at_once]
+            for found in pool.map(made, some, chunksize=1) if pool else map(made, some):
+                if found is not None:
+                    yield found
+
+
+def _shard(part: "tuple[int, Dataset]", k1: float, b: float, language: str) -> tuple[int, bm25s.BM25] | None:
+    first, passages = part
+    texts = [
+        f"{title} {text}"
+        for batch in passages.iter(1000)
+        for title, text in zip(batch["title"], batch["text"], strict=True)
+    ]
+    words = words_of(texts, language=language)
+    if not any(words.ids):
+        return None
+    index = bm25s.BM25(k1=k1, b=b)
+    index.index(words, show_progress=False)
+    return first, index
 
 
 def search(

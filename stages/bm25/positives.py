@@ -28,7 +28,7 @@ def find_positives(
     More than one process: the questions are dealt out to forks of this one.
     """
     global _passages
-    shards = lexical_search.shards_of(passages, language=language)
+    shards = lexical_search.shards_of(passages, language=language, processes=processes)
     hits, _ = lexical_search.search(shards, questions, depth, processes, language)
     tasks = [
         (hits[at : at + QUESTIONS_A_TASK], answers[at : at + QUESTIONS_A_TASK], patterns)

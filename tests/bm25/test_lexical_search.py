@@ -68,7 +68,10 @@ def test_processes_and_kept_shards_find_the_same(passages, questions, tmp_path, 
     monkeypatch.setattr(lexical_search, "QUESTIONS_A_TASK", 7)
     expected = search(shards_of(passages, k1=0.9, b=0.4, shard=250), questions, 10)
     forked = search(
-        lexical_search.save(shards_of(passages, k1=0.9, b=0.4, shard=250), tmp_path), questions, 10, processes=2
+        lexical_search.save(shards_of(passages, k1=0.9, b=0.4, shard=250, processes=2), tmp_path),
+        questions,
+        10,
+        processes=2,
     )
     kept = search(lexical_search.load(tmp_path), questions, 10)
     for found in (forked, kept):
