@@ -26,7 +26,8 @@ ARTICLES_OF = {
 }
 UNICODE_PUNCTUATION = re.compile(f"[{class_of('P')}{re.escape(string.punctuation)}]")
 WORD = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
-HITS_A_READ = 20_000  # passages of a hundred words: 20 MB
+HITS_A_READ = 20_000  # passages read at once: 20 MB of a hundred words each
+KEPT = 250_000  # passages whose words are kept for the questions to come: 250 MB
 
 
 def normalize_answer(text: str, language: str = "en") -> str:
@@ -72,22 +73,26 @@ def hits_with_answers(
 
     `patterns`: the answers are regular expressions, found in the text as it is.
 
-    Of many questions at once every passage is read and cut into words once, however many of them it is a hit of.
+    Of many questions at once a passage is read and cut into words once, however many of them it is a hit of, as long as it
+    is one of the last KEPT or so.
     """
     questions_a_read = max(1, HITS_A_READ // max(1, max(map(len, hits), default=1)))
+    kept: dict[int, str] = {}
     for first in range(0, len(hits), questions_a_read):
         some = hits[first : first + questions_a_read]
-        rows = sorted({row for of_one in some for row in of_one if row >= 0})
+        wanted = {row for of_one in some for row in of_one if row >= 0}
+        if len(kept.keys() | wanted) > KEPT:
+            kept.clear()
+        rows = sorted(wanted - kept.keys())
         read = passages[rows]
-        texts = {row: f"{title} {text}" for row, title, text in zip(rows, read["title"], read["text"], strict=True)}
-        of_each = answers[first : first + questions_a_read]
-        if patterns:
-            for of_one, gold in zip(some, of_each, strict=True):
-                yield [row >= 0 and answer_patterns.stands_in(gold, texts[row]) for row in of_one]
-            continue
-        words = {row: words_of(text) for row, text in texts.items()}
-        for of_one, gold in zip(some, map(_golds, of_each), strict=True):
-            yield [row >= 0 and _contains(words[row], gold) for row in of_one]
+        for row, title, text in zip(rows, read["title"], read["text"], strict=True):
+            kept[row] = f"{title} {text}" if patterns else words_of(f"{title} {text}")
+        for of_one, gold in zip(some, answers[first : first + questions_a_read], strict=True):
+            if patterns:
+                yield [row >= 0 and answer_patterns.stands_in(gold, kept[row]) for row in of_one]
+            else:
+                golds = _golds(gold)
+                yield [row >= 0 and _contains(kept[row], golds) for row in of_one]
 
 
 def sought(answers: Sequence[str], unanswerable: str | None) -> list[str]:

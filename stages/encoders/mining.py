@@ -82,15 +82,13 @@ def without_answers(
     question's own passages or a copy of one. `patterns`: answers are regular expressions; `unanswerable` is none to be
     found: data.answers_are, data.unanswerable.
     """
-    pool = torch.full_like(hits, -1)
     to_find = [sought(some, unanswerable) for some in answers]
     flagged = hits_with_answers(passages, hits.tolist(), to_find, patterns)
-    for question, flags in enumerate(tqdm(flagged, "look for answers", len(hits), unit=" questions")):
-        found = hits[question]
-        mine = own.among(torch.tensor([question]), found)[0]
-        kept = found[(found >= 0) & ~mine & ~torch.tensor(flags)][skip:]
-        pool[question, : len(kept)] = kept
-    return pool
+    flags = torch.tensor(list(tqdm(flagged, "look for answers", len(hits), unit=" questions"))).view(hits.shape)
+    negative = (hits >= 0) & ~own.among_each(hits) & ~flags
+    order = negative.sort(dim=1, descending=True, stable=True).indices
+    pool = hits.gather(1, order).masked_fill(~negative.gather(1, order), -1)
+    return F.pad(pool[:, skip:], (0, min(skip, pool.shape[1])), value=-1)
 
 
 def _vectors(encoder: Encoder, store: TokenStore, device: torch.device, progress: str) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from stages.corpus.token_store import TokenStore
 
@@ -35,6 +36,15 @@ class OwnPassages:
         """Which of the passages [M] are the questions' own [B], copies too: bool [B, M]."""
         texts = self.text_of[passages]
         return torch.stack([torch.isin(texts, self._texts[question]) for question in questions.tolist()])
+
+    def among_each(self, passages: Tensor) -> Tensor:
+        """The same of passages [Q, M], each line for the question that stands there (-1: some passage): bool [Q, M]."""
+        texts = self.text_of[passages.clamp(min=0)]
+        own = pad_sequence(self._texts, batch_first=True, padding_value=-1)
+        found = torch.zeros_like(texts, dtype=torch.bool)
+        for column in own.T:
+            found |= texts == column[:, None]
+        return found
 
 
 def same_texts(store: TokenStore) -> Tensor:

@@ -137,8 +137,9 @@ def test_hits_are_flagged_as_one_by_one_whatever_is_read_at_once(monkeypatch):
         [row >= 0 and contains_answer(f"T{row} number {row}'s", gold) for row in rows]
         for rows, gold in zip(hits, answers, strict=True)
     ]
-    for at_once in (1, 10, 1000):
+    for at_once, kept in ((1, 1), (10, 5), (10, 1000), (1000, 1)):
         monkeypatch.setattr(answers_module, "HITS_A_READ", at_once)
+        monkeypatch.setattr(answers_module, "KEPT", kept)
         assert list(hits_with_answers(passages, hits, answers)) == expected
     assert any(map(any, expected)) and list(hits_with_answers(passages, [], [])) == []
 
