@@ -42,7 +42,7 @@ def encode(params: Params, device) -> None:
 
     from stages.compute import ranks
     from stages.corpus.arrow import read_rows
-    from stages.encoders.encoder import load_encoder
+    from stages.encoders.loading import load_encoder
     from stages.search.passage_vectors import encode_passages
     from stages.storage import leftovers, manifest
     from stages.storage.checkpoints import checkpoint_folder, describe, fingerprint

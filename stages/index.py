@@ -28,7 +28,7 @@ def main() -> None:
     import torch
 
     from stages.corpus.arrow import read_rows, replacing
-    from stages.encoders.encoder import load_encoder
+    from stages.encoders.loading import load_encoder
     from stages.search.index_quality import search_quality
     from stages.search.passage_index import build_index_on, describe_index, load_index, open_vectors, write_index
     from stages.storage import manifest

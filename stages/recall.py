@@ -45,7 +45,7 @@ def main() -> None:
     from stages.corpus.arrow import gold_grades, read_rows
     from stages.corpus.ranking import RANKED, retrieval_scores
     from stages.corpus.recall import recalls
-    from stages.encoders.encoder import load_encoder
+    from stages.encoders.loading import load_encoder
     from stages.rag.folder import load_rag_parts
     from stages.rag.prior import load_prior
     from stages.search.candidates import Searched, reranker_scores

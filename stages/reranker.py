@@ -87,7 +87,7 @@ def hits_of(params: Params, split: str, questions: int, passages: int):
 
 def open_search(params: Params, device, passages: int):
     """The candidates of a split's questions, or of those that `rows` name, by all searches or by the dense one alone."""
-    from stages.encoders.encoder import load_encoder
+    from stages.encoders.loading import load_encoder
     from stages.search.candidates import Searched
     from stages.search.passage_index import load_index
 

@@ -27,7 +27,7 @@ def main() -> None:
 
     from stages.corpus.arrow import own_rows, read_rows, replacing
     from stages.corpus.token_store import TokenStore
-    from stages.encoders.encoder import check_pair, load_encoder
+    from stages.encoders.loading import check_pair, load_encoder
     from stages.encoders.mining import HardNegatives, best_hits, tokenize_passages, without_answers
     from stages.encoders.own_passages import OwnPassages
     from stages.encoders.warmup import WarmUp

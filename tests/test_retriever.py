@@ -14,7 +14,7 @@ from transformers import DPRContextEncoder
 
 from stages.corpus.arrow import FOUND, PASSAGES, QUESTIONS, read_rows, write_rows
 from stages.corpus.token_store import TokenStore
-from stages.encoders.encoder import load_encoder
+from stages.encoders.loading import load_encoder
 from stages.encoders.mining import HardNegatives, best_hits, tokenize_passages, without_answers
 from stages.encoders.own_passages import OwnPassages
 from stages.encoders.warmup import WarmUp

@@ -23,7 +23,8 @@ from transformers import (
 
 from stages.corpus.text_tokens import text_rows
 from stages.corpus.token_store import TokenStore
-from stages.encoders.encoder import ARCHITECTURES, BERT_LIKE, ROOTS, load_encoder
+from stages.encoders.encoder import ROOTS
+from stages.encoders.loading import ARCHITECTURES, BERT_LIKE, load_encoder, one_line
 from stages.encoders.packed_bert import PackedBody
 from stages.encoders.sentence_layout import read_layout
 from stages.packed.packing import Packing
@@ -168,13 +169,13 @@ def load_cross_encoder(path_or_name: str, key: str = "models.reranker", weights:
     try:
         layout = read_layout(path_or_name, key)
     except OSError as error:
-        raise ValueError(f"{nothing} ({_one_line(error)}); give a folder or a hub name{hint(path_or_name)}") from None
+        raise ValueError(f"{nothing} ({one_line(error)}); give a folder or a hub name{hint(path_or_name)}") from None
     source, within = split_revision(path_or_name)
     within |= {"subfolder": layout.subfolder} if layout.subfolder else {}
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **within)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{nothing} ({_one_line(error)}); give a folder or a hub name{hint(path_or_name)}") from None
+        raise ValueError(f"{nothing} ({one_line(error)}); give a folder or a hub name{hint(path_or_name)}") from None
     architecture = (config.architectures or ["?"])[0]
     if architecture in ARCHITECTURES:
         encoder = load_encoder(path_or_name, key, weights=weights)
@@ -201,7 +202,7 @@ def load_cross_encoder(path_or_name: str, key: str = "models.reranker", weights:
             with torch.device("meta"):
                 model = AutoModelForSequenceClassification.from_config(config)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{key}: '{path_or_name}' is incomplete: {_one_line(error)}") from None
+        raise ValueError(f"{key}: '{path_or_name}' is incomplete: {one_line(error)}") from None
     return _framed(model, tokenizer, path_or_name, key)
 
 
@@ -239,7 +240,3 @@ def frame_of(tokenizer: PreTrainedTokenizerBase, has_types: bool) -> Frame:
     # A side without special tokens has no type of its own, and needs none.
     places = (0, first[0], first[-1] + 1 if tokens[1] else first[0], last[0], len(ids) - 1)
     return Frame(tokens, tuple(of[place] for place in places))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

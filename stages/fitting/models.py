@@ -9,7 +9,7 @@ from transformers import DPRContextEncoder, DPRQuestionEncoder
 
 from stages.compute.precision import generator_dtype, mixed_precision
 from stages.encoders.cross_encoder import load_cross_encoder
-from stages.encoders.encoder import check_pair, load_encoder
+from stages.encoders.loading import check_pair, load_encoder
 from stages.generation.generator import load_generator
 from stages.generation.lora import add_lora, check_base
 from stages.params import Models, Params

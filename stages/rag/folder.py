@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from stages.compute.precision import cast_weights
-from stages.encoders.encoder import Encoder, load_encoder
+from stages.encoders.encoder import Encoder
+from stages.encoders.loading import load_encoder, one_line
 from stages.generation.generator import Generator, generator_from, load_generator, load_saved_generator
 from stages.generation.lora import merge_lora
 from stages.rag.model import Rag
@@ -129,9 +130,8 @@ def load_rag_parts(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[En
         )
         generator_tokenizer = AutoTokenizer.from_pretrained(folder / "generator_tokenizer", trust_remote_code=False)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{folder}: damaged or not a RAG checkpoint ({reason}); run `dvc repro --force train`"
+            f"{folder}: damaged or not a RAG checkpoint ({one_line(error)}); run `dvc repro --force train`"
         ) from None
     cast_weights(generator, dtype)
     return Encoder(encoder, encoder_tokenizer), generator_from(generator, generator_tokenizer)

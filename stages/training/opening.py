@@ -11,7 +11,7 @@ from stages.bm25.hits import read_hits
 from stages.compute import ranks
 from stages.compute.precision import mixed_precision
 from stages.corpus.arrow import read_rows
-from stages.encoders.encoder import load_encoder
+from stages.encoders.loading import load_encoder
 from stages.encoders.mining import tokenize_passages
 from stages.generation.lora import QUANTIZED, add_lora, loading
 from stages.params import Params

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from stages.corpus.text_tokens import special_ids, text_rows
 from stages.encoders.cross_encoder import load_cross_encoder
-from stages.encoders.encoder import load_encoder
+from stages.encoders.loading import load_encoder
 from stages.generation.causal import causal_from
 from stages.generation.tokenizer import passage_tokens
 from stages.reading.airports import render_sample

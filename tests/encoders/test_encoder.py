@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from stages.corpus.token_store import TokenStore
-from stages.encoders.encoder import BERT_LIKE, as_role, load_encoder
+from stages.encoders.loading import BERT_LIKE, as_role, load_encoder
 
 TINY, KEY = "data/tiny/encoder", "models.context_encoder"
 TEXTS = ["short", "a somewhat longer text about airports " * 3, "x", "middle sized text", "long " * 90]

@@ -5,7 +5,8 @@ import torch
 from transformers import DPRContextEncoder
 
 from stages.corpus.token_store import TokenStore
-from stages.encoders.encoder import Encoder, as_role
+from stages.encoders.encoder import Encoder
+from stages.encoders.loading import as_role
 from stages.encoders.mining import HardNegatives
 from stages.encoders.own_passages import OwnPassages
 from stages.encoders.warmup import WarmUp, in_batch_loss

@@ -117,7 +117,7 @@ def is_subsequence(part: list[int], whole: list[int]) -> bool:
 
 @pytest.mark.slow
 def test_the_entry_writes_a_model_that_the_pipeline_can_load(work, tmp_path):
-    from stages.encoders.encoder import load_encoder
+    from stages.encoders.loading import load_encoder
     from stages.generation.generator import load_generator
 
     for part in ("generator", "encoder"):

@@ -10,7 +10,7 @@ import yaml
 from transformers import AutoTokenizer, RagTokenForGeneration
 
 from stages.encoders.cross_encoder import load_cross_encoder
-from stages.encoders.encoder import load_encoder
+from stages.encoders.loading import load_encoder
 from stages.generation.generator import load_generator
 from stages.generation.tokenizer import load_tokenizer
 from stages.rag.folder import save_rag

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from stages.encoders.encoder import load_encoder
+from stages.encoders.loading import load_encoder
 from stages.search.passage_vectors import encode_passages, encode_some
 
 COUNT, SHARD, TOKENS, BATCH = 40, 8, 48, 512

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from stages import inputs
-from stages.encoders.encoder import load_encoder
+from stages.encoders.loading import load_encoder
 from stages.generation.generator import load_generator
 from stages.machine.entry import run
 from stages.storage import manifest
@@ -226,7 +226,7 @@ def hub(folder: Path) -> list[str]:
 
 LOAD = """
 import sys
-from stages.encoders.encoder import load_encoder
+from stages.encoders.loading import load_encoder
 from stages.generation.generator import load_generator
 from stages.generation.tokenizer import load_tokenizer
 for at in sys.argv[1:]:

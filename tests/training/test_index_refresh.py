@@ -15,7 +15,8 @@ from transformers import BertConfig, BertModel, DPRContextEncoder
 
 from stages.bm25.hits import Hits
 from stages.corpus.token_store import TokenStore
-from stages.encoders.encoder import Encoder, load_encoder, padded_rows
+from stages.encoders.encoder import Encoder, padded_rows
+from stages.encoders.loading import load_encoder
 from stages.generation import marginalization
 from stages.machine.signals import Interrupted
 from stages.rag.folder import load_rag_parts, save_rag
