@@ -1,6 +1,5 @@
 """BM25's hits: what they are, those of a split as the lexical stage wrote them, and those of new questions."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +55,6 @@ def find_hits(folder: Path, questions: list[str], depth: int) -> Hits | None:
         lexical_search,  # its library takes a second to import, which dense retrieval need not wait for
     )
 
-    check(folder, depth, None)
-    language = json.loads((folder / DEPTH).read_text(encoding="utf-8"))["language"]
+    language = check(folder, depth, None)["language"]
     rows, scores = lexical_search.search(lexical_search.load(folder / "index"), questions, depth, language=language)
     return Hits(torch.from_numpy(rows), torch.from_numpy(scores))

@@ -15,11 +15,13 @@ def kept_depth(folder: Path) -> int:
     return json.loads(file.read_text(encoding="utf-8"))["depth"] if file.is_file() else 0
 
 
-def check(folder: Path, depth: int, names: tuple[str, ...] | None) -> None:
-    """Raises ValueError where the stage has not run, not for this depth, or one of its files is damaged (None: of all)."""
-    if not (folder / DEPTH).is_file():
-        raise ValueError(f"{folder / DEPTH}: not found; run `dvc repro` (or python -m stages.lexical) first")
-    manifest.check(folder, names, REMEDY)
-    found = json.loads((folder / DEPTH).read_text(encoding="utf-8"))["depth"]
+def check(folder: Path, depth: int, names: tuple[str, ...] | None) -> dict:
+    """What the stage says of itself: {"depth", "language"}.
+
+    Raises ValueError where it has not run, not for this depth, or one of its files `names` (None: of all) is damaged.
+    """
+    facts = manifest.checked_facts(folder, DEPTH, names, "lexical")
+    found = facts["depth"]
     if found != depth:
         raise ValueError(f"{folder}: made for a depth of {found}, but retriever.hybrid_depth is {depth}; {REMEDY}")
+    return facts

@@ -1,6 +1,5 @@
 """Whose model the reranker stage's folder holds, and the weights that it fitted, for those too who load no model."""
 
-import json
 from pathlib import Path
 
 from stages.storage import manifest
@@ -16,10 +15,7 @@ def record(folder: Path, named: str | None, weights: dict[str, float] | None = N
 
 def check(folder: Path, named: str) -> None:
     """Raises ValueError where the stage ran for another model than `named`, or not at all, or a file is damaged."""
-    if not (folder / FACTS).is_file():
-        raise ValueError(f"{folder / FACTS}: not found; run `dvc repro` (or python -m stages.reranker) first")
-    manifest.check(folder, None, REMEDY)
-    found = json.loads((folder / FACTS).read_text(encoding="utf-8"))["model"]
+    found = manifest.checked_facts(folder, FACTS, None, "reranker")["model"]
     if found != named:
         raise ValueError(f"{folder}: made of {found}, but models.reranker is {named}; {REMEDY}")
 
@@ -30,10 +26,7 @@ def load_fitted(folder: Path) -> dict[str, float] | None:
 
     Raises ValueError where the stage has not run, or ran before it fitted any.
     """
-    if not (folder / FACTS).is_file():
-        raise ValueError(f"{folder / FACTS}: not found; run `dvc repro` (or python -m stages.reranker) first")
-    manifest.check(folder, (FACTS,), REMEDY)
-    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    facts = manifest.checked_facts(folder, FACTS, (FACTS,), "reranker")
     if "weights" not in facts:
         raise ValueError(f"{folder / FACTS}: has no weights for retriever.learn_weights to start from; {REMEDY}")
     return facts["weights"]

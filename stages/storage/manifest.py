@@ -67,6 +67,17 @@ def check(folder: Path, names: tuple[str, ...] | None, remedy: str) -> None:
         raise ValueError(f"{folder}: damaged ({problem}); {remedy}")
 
 
+def checked_facts(folder: Path, name: str, names: tuple[str, ...] | None, stage: str) -> dict:
+    """What the JSON file `name` says, in which `stage` tells what it made of the rest of its folder.
+
+    Raises ValueError where the stage has not run, or where one of the files `names` (None: of all) is damaged.
+    """
+    if not (folder / name).is_file():
+        raise ValueError(f"{folder / name}: not found; run `dvc repro` (or python -m stages.{stage}) first")
+    check(folder, names, f"run `dvc repro --force {stage}`")
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
 def sync_folder(folder: Path) -> None:
     """Renames in `folder` are on the disk when this returns."""
     descriptor = os.open(folder, os.O_RDONLY)
