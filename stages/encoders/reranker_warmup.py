@@ -7,14 +7,13 @@ the retriever in front of it ranks high, the loss is that of the right passage a
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from stages.corpus.epochs import epoch_order
 from stages.corpus.token_store import TokenStore
 from stages.encoders.cross_encoder import Asked, CrossEncoder
 from stages.encoders.mining import HardNegatives
+from stages.encoders.warmup import optimizer_and_schedule
 
 
 def listwise_loss(scores: Tensor, rows: Tensor) -> Tensor:
@@ -40,9 +39,7 @@ def warm_up_reranker(
     negatives, which hold none of them. What is read in which step depends on the seed alone.
     """
     parameters = list(encoder.model.parameters())
-    optimizer = AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True if device.type == "cuda" else None)
-    warmup = max(1, steps // 10)
-    schedule = LambdaLR(optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup)))
+    optimizer, schedule = optimizer_and_schedule(parameters, learning_rate, steps, device)
     drawing = torch.Generator().manual_seed(seed)
     of_one = HardNegatives(positives, 1)
     encoder.model.train()

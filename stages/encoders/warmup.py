@@ -32,6 +32,19 @@ def in_batch_loss(
     )
 
 
+def optimizer_and_schedule(
+    parameters: list[torch.nn.Parameter], learning_rate: float, steps: int, device: torch.device
+) -> tuple[AdamW, LambdaLR]:
+    """Of a warm-up, the reranker's too: AdamW (Loshchilov & Hutter 2019) without weight decay, its rate rising linearly over
+    the first tenth of the steps to `learning_rate`, then falling linearly to zero behind the last one."""
+    fused = True if device.type == "cuda" else None
+    optimizer = AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=fused)
+    warmup = max(1, steps // 10)
+    return optimizer, LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+    )
+
+
 class WarmUp:
     """Both encoders in training over a fixed set of tokenized questions and passages."""
 
@@ -67,10 +80,7 @@ class WarmUp:
         """
         models = [self.question_encoder.model, self.context_encoder.model]
         parameters = [parameter for model in models for parameter in model.parameters()]
-        fused = True if self.device.type == "cuda" else None
-        optimizer = AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=fused)
-        warmup = max(1, steps // 10)
-        schedule = LambdaLR(optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup)))
+        optimizer, schedule = optimizer_and_schedule(parameters, learning_rate, steps, self.device)
         for model in models:
             model.train()
         # Gathered on the device: a padded batch copied there would make the host wait for all that is queued before it.

@@ -9,7 +9,7 @@ from stages.encoders.encoder import Encoder
 from stages.encoders.loading import as_role
 from stages.encoders.mining import HardNegatives
 from stages.encoders.own_passages import OwnPassages
-from stages.encoders.warmup import WarmUp, in_batch_loss
+from stages.encoders.warmup import WarmUp, in_batch_loss, optimizer_and_schedule
 from tests.tiny_rag import QUESTIONS, TEXTS, TITLES, tiny_rag
 
 
@@ -203,3 +203,16 @@ def test_the_warm_up_leaves_out_every_own_passage_and_reads_each_of_them(monkeyp
     monkeypatch.setattr(warm_up, "loss", watched)
     warm_up.train(questions, passages, own, steps=20, batch_size=6, learning_rate=1e-3, seed=3)
     assert drawn == {(row, passage) for row in range(9) for passage in (row, (row + 1) % 9)}
+
+
+def test_the_rate_rises_over_a_tenth_of_the_steps_and_falls_to_zero_behind_the_last():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    weight.grad = torch.ones(1)
+    optimizer, schedule = optimizer_and_schedule([weight], 0.5, 20, torch.device("cpu"))
+    rates = []
+    for _ in range(20):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0.25, 0.5, *(0.5 * (20 - step) / 18 for step in range(2, 20))])
+    assert schedule.get_last_lr() == [0.0]
