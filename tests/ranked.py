@@ -85,21 +85,33 @@ def keep(folder: Path, trainer) -> None:
         (folder / "history.json").write_text(json.dumps(trainer.progress.history))
 
 
-def out_of_memory(folder: Path, **settings):
-    """The last rank has room for one question a forward pass."""
+def out_of_memory(folder: Path, room: int = 1, validating: bool = False, **settings):
+    """The last rank has room for `room` questions a forward pass; where it is `validating`, in validation alone."""
     import torch
 
     from stages.compute import ranks
+    from stages.rag.model import Rag
     from stages.training import trainer
 
-    original = trainer.Trainer._accumulate
+    def refuse(questions: int) -> None:
+        if ranks.rank() == ranks.world() - 1 and questions > room:
+            raise torch.OutOfMemoryError("out of memory, says the test")
+
+    accumulate, forward = trainer.Trainer._accumulate, Rag.forward
 
     def limited(self, examples, passes, *rest):
-        if ranks.rank() == ranks.world() - 1 and max(map(len, passes)) > 1:
-            raise torch.OutOfMemoryError("out of memory, says the test")
-        original(self, examples, passes, *rest)
+        refuse(max(map(len, passes)))
+        accumulate(self, examples, passes, *rest)
 
-    trainer.Trainer._accumulate = limited
+    def limited_forward(self, batch, *rest, **named):
+        if not torch.is_grad_enabled():
+            refuse(len(batch.question_ids))
+        return forward(self, batch, *rest, **named)
+
+    if validating:
+        Rag.forward = limited_forward
+    else:
+        trainer.Trainer._accumulate = limited
     return train(folder, **settings)
 
 

@@ -17,6 +17,13 @@ from stages.machine import launching
 REMEDIES = "lower lengths.context_tokens or retriever.n_docs, take a smaller model, or close what else uses the memory"
 
 
+class SingleQuestion(ValueError):
+    """A pass of one question did not fit: there is no smaller one."""
+
+    def __init__(self):
+        super().__init__(f"out of memory with a single question; {REMEDIES}")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether CUDA, the host's allocator or Python itself had no memory left."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or should_reduce_batch_size(error)
@@ -30,10 +37,8 @@ def split(micro_batches: list[list[int]], largest: int | None) -> list[list[int]
 
 
 def halved(size: int) -> int:
-    """Half of a size that did not fit; raises ValueError where it was one question already."""
-    if size <= 1:
-        raise ValueError(f"out of memory with a single question; {REMEDIES}")
-    return (size + 1) // 2
+    """Half of a size that did not fit; 0 where it was one question already."""
+    return (size + 1) // 2 if size > 1 else 0
 
 
 def free_memory() -> None:
@@ -43,7 +48,7 @@ def free_memory() -> None:
 
 def in_batches(count: int, size: int, work: Callable[[list[int]], object], halve: bool = True) -> Iterator:
     """`work` of the rows 0 to count - 1 in their order, `size` together; where memory runs out (`halve`), half as many
-    from there on."""
+    from there on. Raises SingleQuestion where one alone does not fit."""
     first = 0
     while first < count:
         rows = list(range(first, min(first + size, count)))
@@ -53,6 +58,8 @@ def in_batches(count: int, size: int, work: Callable[[list[int]], object], halve
             if not halve or not is_out_of_memory(error):
                 raise
             size = halved(len(rows))
+            if not size:
+                raise SingleQuestion from None
         else:
             yield result
             first += len(rows)

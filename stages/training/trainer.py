@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from stages.compute import ranks
-from stages.compute.out_of_memory import free_memory, halved, is_out_of_memory, split
+from stages.compute.out_of_memory import SingleQuestion, free_memory, halved, is_out_of_memory, split
 from stages.corpus.epochs import epoch_shares
 from stages.machine.signals import Interrupted
 from stages.params import Recipe, Train
@@ -197,8 +197,8 @@ class Trainer:
     def _accumulate_all(self, training: Examples, update: Update, window: Window) -> None:
         """The gradients of an update; where memory runs out, anew from zero in forward passes of half the size.
 
-        Of a rank's share only; where one rank runs out of memory, all of them begin anew. With FSDP none does, and who has
-        fewer passes makes further ones that weigh nothing.
+        Of a rank's share only; where one rank runs out of memory, all of them begin anew, or end where it had no room for a
+        single question. With FSDP none begins anew, and who has fewer passes makes further ones that weigh nothing.
         """
         before, random = window.state(), checkpointing.random_state()
         drawn = self.settings.answers == "drawn"
@@ -224,6 +224,8 @@ class Trainer:
             failed, size = ranks.least([failed, size])
             if size == ranks.NOBODY:
                 return
+            if not size:
+                raise SingleQuestion
             self.optimizer.zero_grad()
             free_memory()
             window.restore(before, self.accelerator.device)

@@ -3,7 +3,7 @@
 import torch
 
 from stages.compute import ranks
-from stages.compute.out_of_memory import in_batches
+from stages.compute.out_of_memory import SingleQuestion, in_batches
 from stages.rag.batches import Examples
 from stages.rag.model import Rag
 from stages.training import fsdp
@@ -19,7 +19,8 @@ def validation_loss(
     Reading together, that of the joint reading. A recipe that averages is measured by the RAG-Sequence marginal too: one
     yardstick for recipes to be compared by.
     `val_questions_without_passages` counts those for which nothing was found, answered from the question alone.
-    Every rank takes its share of the answers and returns the same sums; with FSDP equally many, some for nothing.
+    Every rank takes its share of the answers and returns the same sums; with FSDP equally many, some for nothing. Raises
+    SingleQuestion, on every rank, where one of them has no room for a single question.
     """
     measured = "token" if marginal == "token" else "sequence"
     was_training = rag.training
@@ -35,10 +36,19 @@ def validation_loss(
         nothing_found = (output.rows[real] < 0).all(1).sum()
         return torch.stack([output.nll[real].double().sum(), nothing_found.double()]).tolist()
 
+    parts: list[list[float]] = []
+    no_room = False
     with torch.no_grad():
-        parts = list(in_batches(len(mine), batch_size, sums, halve=not fsdp.is_sharded(rag)))
+        try:
+            parts += in_batches(len(mine), batch_size, sums, halve=not fsdp.is_sharded(rag))
+        except SingleQuestion:
+            no_room = True
     rag.index.finish_searches()
-    total = ranks.summed({"nll": sum(nll for nll, _ in parts), "nothing_found": sum(count for _, count in parts)})
+    total = ranks.summed({
+        "nll": sum(nll for nll, _ in parts), "nothing_found": sum(count for _, count in parts), "no_room": no_room,
+    })  # fmt: skip
+    if total["no_room"]:
+        raise SingleQuestion
     rag.train(was_training)
     return {
         "val_loss_per_sequence": total["nll"] / len(validation),

@@ -109,9 +109,10 @@ def test_the_halved_size_outlives_a_kill(tmp_path):
     assert trainer.progress.micro_batch == 4 and len(trainer.progress.halvings) == 1
 
 
-def test_one_question_that_does_not_fit_names_the_remedies():
+@pytest.mark.parametrize("validating", [False, True])
+def test_one_question_that_does_not_fit_names_the_remedies(validating):
     with pytest.raises(ValueError, match="single question; lower lengths.context_tokens or retriever.n_docs"):
-        run(rag=scarce_rag(0, CUDA))
+        run(rag=scarce_rag(0, CUDA, validating=validating))
 
 
 def test_switched_off_the_error_is_the_original():
@@ -159,4 +160,4 @@ def test_validation_and_decoding_in_halves_give_the_same(capsys):
 def test_split_keeps_rows_and_order():
     assert out_of_memory.split([[1, 2, 3], [4, 5]], 2) == [[1, 2], [3], [4, 5]]
     assert out_of_memory.split([[1, 2, 3]], None) == [[1, 2, 3]]
-    assert [out_of_memory.halved(size) for size in (8, 3, 2)] == [4, 2, 1]
+    assert [out_of_memory.halved(size) for size in (8, 3, 2, 1)] == [4, 2, 1, 0]

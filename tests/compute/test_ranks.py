@@ -197,6 +197,15 @@ def test_a_rank_that_runs_out_of_memory_halves_all_and_the_update_stays(tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"validating": True}, {"shards": True}, {"shards": True, "validating": True}])
+def test_a_rank_without_room_for_a_single_question_ends_all_with_the_same_line(tmp_path, settings):
+    """Also rank 0, which has room: it would wait for the other, that one for rank 0 to say what is wrong."""
+    _, errors = done(start("oom", tmp_path, 2, room=0, **settings, **THREE_STEPS), 1)
+    assert errors.count("error: out of memory with a single question; lower lengths.context_tokens") == 1
+    assert "rank 1" not in errors and "Traceback" not in errors
+
+
+@pytest.mark.slow
 def test_a_nan_on_one_rank_is_skipped_by_all(tmp_path):
     done(start("nan", tmp_path / "ranks", 2, **THREE_STEPS))
     history = json.loads((tmp_path / "ranks/history.json").read_text())
