@@ -28,7 +28,7 @@ def main() -> None:
     device = prepare_torch(params.runtime)
     from stages.bm25.hits import read_hits
     from stages.compute.precision import cast_weights, generator_dtype
-    from stages.corpus.arrow import check_answered, gold_grades, read_rows, replacing
+    from stages.corpus.arrow import gold_grades, read_rows, replacing
     from stages.evaluation.answering import evaluate
     from stages.evaluation.errors import table_row
     from stages.evaluation.retrieval import evaluate_retrieval
@@ -60,8 +60,6 @@ def main() -> None:
     cast_weights(rag.generator_model, dtype)  # retrieval stays in fp32
     questions = read_rows(PREPARED / f"{settings.split}.arrow")
     answered = any(map(len, questions["answers"]))
-    if answered:
-        check_answered(questions, f"{PREPARED / settings.split}.arrow")
     hits = read_hits(LEXICAL, settings.split, params.retriever.hybrid_depth, len(questions), len(passages))
     if settings.num_samples:
         questions = questions.select(range(min(settings.num_samples, len(questions))))

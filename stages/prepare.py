@@ -20,7 +20,7 @@ def main() -> None:
     from stages.reading.judgements import read_judgements
     from stages.reading.passage_ids import PassageIds, settle
     from stages.reading.rows import columns_of, named_passages, read_passages, read_questions
-    from stages.reading.splits import leaks, split_questions
+    from stages.reading.splits import check_answers, leaks, split_questions
     from stages.reading.unusable_rows import Report
 
     data = params.data
@@ -45,6 +45,7 @@ def main() -> None:
                     judged=read_judgements(qrels, f"data.qrels.{split}") if qrels else None,
                 )  # fmt: skip
             questions = split_questions(given, data.shares, params.seed)
+            check_answers(questions)
             for line in leaks(questions):
                 print(line)
             every = [question for rows in questions.values() for question in rows]
@@ -58,11 +59,8 @@ def main() -> None:
             if report.counts:
                 print(f"{report.counts.total()} rows cannot be used, listed in {UNUSABLE}")
         for split, rows in questions.items():
-            if without := sum(not row["answers"] for row in rows):
-                print(
-                    f"{split}: {without} of {len(rows)} questions have no answer: they train and measure retrieval alone; "
-                    "beside answered ones a generator's training (train, validation) and evaluation (a split) refuse them"
-                )
+            if not any(row["answers"] for row in rows):
+                print(f"the {split} questions have no answers: they train and measure retrieval alone")
             write_rows(prepared / f"{split}.arrow", QUESTIONS, rows)
     count = len(read_rows(PREPARED / "passages.arrow"))
     sizes = ", ".join(f"{len(rows)} {split}" for split, rows in questions.items())

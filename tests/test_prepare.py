@@ -96,6 +96,17 @@ def test_the_same_data_and_seed_are_the_same_bytes(project):
     assert digests[0] == digests[1] and len(digests[0]) == 8  # four Arrow files, two arrays, two manifests
 
 
+def test_validation_without_answers_beside_answered_training_is_refused_here(project):
+    """Not hours later, by the train stage."""
+    write_jsonl("train.jsonl", [{"question": f"Where is tower number{i}?", "answer": "Oslo"} for i in range(40)])
+    write_jsonl("validation.jsonl", [{"question": "Where is tower number1?", "positive_ids": ["1"]}])
+    write_jsonl("passages.jsonl", towers(40))
+    files = {"train": "train.jsonl", "validation": "validation.jsonl", "passages": "passages.jsonl"}
+    with pytest.raises(SystemExit, match="^error: validation.jsonl:1: 1 of 1 validation questions have no answer"):
+        project(source="files", files=files)
+    assert not Path("data/prepared").exists()
+
+
 def test_the_sample_is_what_is_rendered(project):
     sizes = {"passages": 60, "train_questions": 50, "validation_questions": 5, "test_questions": 5}
     rows = project(sample=sizes)

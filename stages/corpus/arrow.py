@@ -110,17 +110,6 @@ def gold_grades(questions: "Dataset", passages: "Dataset") -> list[dict[int, flo
     ]
 
 
-def check_answered(questions: "Dataset", name: str) -> None:
-    """Raises ValueError where questions have no answers while others have some."""
-    without = sum(not answers for answers in questions["answers"])
-    if without:
-        raise ValueError(
-            f"{name}: {without} of {len(questions)} questions have no answer, which a generator needs; leave them out of the "
-            "files, set data.unanswerable, or take the answers out of all train, validation and test questions to train and "
-            "measure retrieval alone"
-        )
-
-
 def own_rows(questions: "Dataset", found: "Dataset", passages: "Dataset") -> list[list[int]]:
     """What a warm-up reads: `gold_rows`, and for who names none the passage that was `found` by its answer, if any was."""
     by_answer = dict(zip(found["question"], found["passage"], strict=True))

@@ -1,4 +1,5 @@
-"""Train, validation and test questions: as given, or cut off the training questions by a seed."""
+"""Train, validation and test questions: as given, or cut off the training questions by a seed; what of them cannot go
+together."""
 
 import random
 from collections import defaultdict
@@ -57,3 +58,28 @@ def split_questions(given: dict[str, list[dict]], shares: Shares, seed: int) -> 
     if not splits["train"]:
         raise ValueError(f"data.shares: nothing is left of {total} training questions; lower the shares")
     return {split: splits[split] for split in ("train", "validation", "test")}
+
+
+def check_answers(questions: dict[str, list[dict]]) -> None:
+    """Raises ValueError where questions without answers stand beside answered ones of their split, or validation's beside
+    answered training questions: a generator needs an answer of each to learn, to be validated and to be scored.
+
+    Where no training question has any, the retriever alone learns; a test split without any measures it alone.
+    """
+    without = {split: [row for row in rows if not row["answers"]] for split, rows in questions.items()}
+    learns = len(without["train"]) < len(questions["train"])
+    for split, rows in questions.items():
+        if not without[split]:
+            continue
+        if len(without[split]) < len(rows):
+            beside = "the others have some"
+        elif split == "validation" and learns:
+            beside = "the training questions have some"
+        else:
+            continue
+        first = without[split][0]
+        raise ValueError(
+            f"{first['file']}:{first['line']}: {len(without[split])} of {len(rows)} {split} questions have no answer, this one "
+            f"first, while {beside}, and a generator needs them all; leave them out of the files, set data.unanswerable, or take "
+            "the answers out of all train, validation and test questions to train and measure retrieval alone"
+        )

@@ -1,6 +1,7 @@
 """What rows mean: field names, kinds of values, the report, ids that are unknown or come twice, splits by a seed."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from stages.params import Fields, Shares
 from stages.reading.files import Table
 from stages.reading.passage_ids import PassageIds, settle
 from stages.reading.rows import columns_of, named_passages, read_passages, read_questions
-from stages.reading.splits import leaks, split_questions
+from stages.reading.splits import check_answers, leaks, split_questions
 from stages.reading.unusable_rows import Report
 from stages.reading.values import Cells, Positive, Unusable, answers_of, digests, list_of, positives_of, text_of
 
@@ -214,6 +215,34 @@ def test_questions_of_one_split_in_another_are_counted():
     assert of_validation.startswith("warning: 1 of 1 validation questions are train questions too, the first is f:1")
     assert of_test.startswith("warning: 2 of 4 test questions are train questions too, the first is f:2")
     assert leaks(questions | {"train": [], "validation": []}) == []
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "test", "refused"),
+    [
+        ("aa", "a", "aa", None),
+        ("--", "-", "-", None),
+        ("--", "a", "a", None),  # what passes through untrained may be scored
+        ("aa", "a", "--", None),  # retrieval alone is measured
+        (
+            "aa",
+            "--",
+            "a",
+            "validation:1: 2 of 2 validation questions have no answer, this one first, while the training questions have",
+        ),
+        ("aa-", "a", "a", "train:3: 1 of 3 train questions have no answer, this one first, while the others have some"),
+        ("--", "a-", "a", "validation:2: 1 of 2 validation questions have no answer, this one first, while the others"),
+        ("aa", "a", "-a-", "test:1: 2 of 3 test questions have no answer, this one first, while the others"),
+    ],
+)
+def test_questions_without_answers_beside_answered_ones(train, validation, test, refused):
+    marked = {"train": train, "validation": validation, "test": test}
+    questions = {
+        split: [{"answers": ["a"] if mark == "a" else [], "file": split, "line": line} for line, mark in enumerate(marks, 1)]
+        for split, marks in marked.items()
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=f"^{refused}.*leave them") if refused else nullcontext():
+        check_answers(questions)
 
 
 def test_only_wanted_ids_are_kept_and_one_that_comes_twice_is_found():
