@@ -21,6 +21,9 @@ from stages.machine.stage_params import settings_of, settings_to_record, stage_p
 from stages.params import PARAMS_FILE, Params
 
 MODEL, METRICS, CURVES = Path("data/model"), Path("metrics/train.json"), Path("data/curves")
+MODEL_LOSSES = {
+    "model/validation_loss": "val_loss_per_sequence", "model/validation_loss_per_token": "val_loss_per_token",
+}  # fmt: skip
 
 
 def main() -> None:
@@ -152,10 +155,7 @@ def train_and_leave(params: Params, trainer, examples: dict, workplace, device) 
         tracker.set_tags(verdicts.tags)
         tracker.log_text(verdicts.text, "signs-train.txt")
         description = training_text(metrics, verdicts)
-        kept = {
-            "model/validation_loss": metrics["val_loss_per_sequence"],
-            "model/validation_loss_per_token": metrics["val_loss_per_token"],
-        }
+        kept = {name: metrics[loss] for name, loss in MODEL_LOSSES.items() if loss in metrics}
         if "DVC_STAGE" in os.environ:  # else they may have run with other parameters since
             tracker.log_metrics(earlier_metrics(METRICS.parent))
         register(params, tracker, name, int(metrics["kept_step"]), kept, description)

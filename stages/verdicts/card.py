@@ -1,5 +1,7 @@
 """A model's card: what a trained model is, what it was made of, how well it does and how to load it."""
 
+import math
+
 LOADING = {
     "rag": """from transformers import AutoTokenizer, {cls}
 
@@ -66,10 +68,10 @@ def model_card(name: str, trained: dict, scores: dict[str, dict], loader: tuple[
     else:
         lines += ["Not evaluated, or not since the last change.", ""]
     if training and "val_loss_per_sequence" in training:
+        before = training.get("val_loss_before_training", math.nan)
         lines += [
-            f"Validation loss {training['val_loss_per_sequence']:.3f} nats a question "
-            f"({training['val_loss_before_training']:.3f} before training), after {training['steps']:.0f} steps and "
-            f"{training['questions_seen']:.0f} questions.", "",
+            f"Validation loss {training['val_loss_per_sequence']:.3f} nats a question ({before:.3f} before training), after "
+            f"{training['steps']:.0f} steps and {training['questions_seen']:.0f} questions.", "",
         ]  # fmt: skip
     lines += ["## Recipe", "", *_table("switch", "value", recipe)]
     lines += ["## Data", "", "| set | rows | digest |", "|---|---|---|"]

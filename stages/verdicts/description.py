@@ -1,14 +1,17 @@
 """A run in a few lines of Markdown, as MLflow shows them: losses, scores, verdicts."""
 
+import math
+
 from stages.verdicts.sign import Verdicts
 
 
 def training_text(metrics: dict[str, float], verdicts: Verdicts) -> str:
-    """Of a training's summary."""
+    """Of a training's summary, which has no loss that was not finite."""
+    names = ("val_loss_per_sequence", "val_loss_before_training", "last_val_loss_per_sequence")
+    kept, before, last = (metrics.get(name, math.nan) for name in names)
     return (
-        f"Validation loss {metrics['val_loss_per_sequence']:.3f} nats a question at step {metrics['kept_step']:.0f}, "
-        f"which is kept ({metrics['val_loss_before_training']:.3f} before training, "
-        f"{metrics['last_val_loss_per_sequence']:.3f} at the end); {metrics['steps']:.0f} steps, "
+        f"Validation loss {kept:.3f} nats a question at step {metrics['kept_step']:.0f}, "
+        f"which is kept ({before:.3f} before training, {last:.3f} at the end); {metrics['steps']:.0f} steps, "
         f"{metrics['questions_seen']:.0f} questions, {metrics['training_seconds']:.0f} s.\n\n```\n{verdicts.text}\n```"
     )
 

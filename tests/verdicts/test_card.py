@@ -39,3 +39,10 @@ def test_a_card_without_scores_says_so():
     card = model_card("rag", TRAINED, {}, ("parts", "LlamaForCausalLM"), whole=False)
     assert "Not evaluated" in card and "EM" not in card and "AnsweringModel" not in card
     assert 'LlamaForCausalLM.from_pretrained("rag", subfolder="generator")' in card
+
+
+def test_a_loss_that_was_not_finite_is_none():
+    scores = {"train": {"val_loss_per_sequence": 2.5, "steps": 60, "questions_seen": 960}}
+    assert "2.500 nats a question (nan before training)" in model_card(
+        "rag", TRAINED, scores, ("parts", "X"), whole=False
+    )
