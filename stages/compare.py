@@ -20,20 +20,16 @@ from stages.machine.entry import run
 from stages.params import load_params
 
 COMPARISON, ABLATION = Path("metrics/compare.json"), Path("metrics/ablation.json")
+PREPARED = Path("data/prepared")
+NO_EM = "an ablation tells what each bug costs in EM; let questions have answers, or compare what is found by `dvc metrics diff`"
 SHOWN = (
     "em", "f1", "recall_at_1", "recall_at_5", "answer_recall_at_5", "dense_recall_at_1", "dense_recall_at_5",
     "bm25_recall_at_1", "bm25_recall_at_5", "oracle_em", "val_loss_per_sequence", "val_loss_per_token",
     "seconds_per_step", "questions_per_second", "questions_seen", "steps",
 )  # fmt: skip
 SWITCHES = (
-    "marginalization",
-    "accumulation",
-    "batching",
-    "precision",
-    "checkpoints",
-    "tensorboard",
-    "retriever_gradient",
-)
+    "marginalization", "accumulation", "batching", "precision", "checkpoints", "tensorboard", "retriever_gradient",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -48,12 +44,8 @@ def main() -> None:
     if arguments.what == "recipes":
         compare(arguments.steps or params.train.max_steps, arguments.questions)
     else:
-        ablate(
-            arguments.steps or max(6, params.train.max_steps // 10),
-            arguments.questions,
-            arguments.seeds,
-            arguments.jobs,
-        )
+        steps = arguments.steps or max(6, params.train.max_steps // 10)
+        ablate(steps, arguments.questions, arguments.seeds, arguments.jobs)
 
 
 def compare(steps: int, questions: int | None) -> None:
@@ -96,6 +88,7 @@ def ablate(steps: int, questions: int | None, seeds: int, jobs: int) -> None:
         raise ValueError(
             "recipes.new.reading: together has no marginal to put the old mistake in; use each for the ablation"
         )
+    check_answers(params.evaluate.split)
     variants: dict[str, list[str]] = {"new": []}
     for switch in SWITCHES:
         variants[switch] = [f"recipes.new.{switch}={value_of(getattr(old, switch))}"]
@@ -121,15 +114,8 @@ def ablate(steps: int, questions: int | None, seeds: int, jobs: int) -> None:
                 f"train.eval_steps={often}", f"train.save_steps={taken}", f"train.logging_steps={often}",
             ]  # fmt: skip
             forget(name)
-            dvc(
-                "exp",
-                "run",
-                "--queue",
-                "-n",
-                name,
-                *changes([*settings, *base, *budget, *scored(questions)]),
-                quiet=True,
-            )
+            changed = changes([*settings, *base, *budget, *scored(questions)])
+            dvc("exp", "run", "--queue", "-n", name, *changed, quiet=True)
     print(f"{len(names)} experiments queued, {jobs} at once; dvc queue status tells how far they are")
     dvc("queue", "start", "-j", str(jobs), quiet=True)
     wait_for_queue()
@@ -143,13 +129,29 @@ def ablate(steps: int, questions: int | None, seeds: int, jobs: int) -> None:
         print(verdict(variant, table[variant]))
 
 
+def check_answers(evaluated: str) -> None:
+    """Raises ValueError, before hours of experiments, where data/prepared is there and its questions have no answers."""
+    from stages.corpus.arrow import row_reader
+
+    for split in ("train", evaluated):
+        file = PREPARED / f"{split}.arrow"
+        if file.is_file() and not row_reader(file)(0)["answers"]:  # all have some or none has
+            raise ValueError(
+                f"{file}: the {split} questions have no answers, and {NO_EM}; if params.yaml names other data by now, run "
+                "`dvc repro prepare` first"
+            )
+
+
 def summarise(results: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
     """Means and sample deviations over the seeds of each variant, and what it costs against `new`.
 
     Costs are paired by seed, which fixes the order of the questions: `em_cost` is the mean of new's EM less the
     variant's, `em_cost_spread` the deviation of these differences; the same for the validation loss, the other way round.
-    What a run did not measure (recall without gold passages, a loss that was not finite) is absent.
+    What a run did not measure (recall without gold passages, a loss that was not finite) is absent. Raises ValueError
+    where it is EM.
     """
+    if not all("em" in row for rows in results.values() for row in rows):
+        raise ValueError(f"metrics/eval.json: no em, the questions have no answers, and {NO_EM}")
 
     def spread(values: list[float]) -> float:
         return statistics.stdev(values) if len(values) > 1 else 0.0

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from stages.compare import SWITCHES, ablate, draw, old_settings, summarise, value_of, verdict
+from stages.corpus.arrow import QUESTIONS, write_rows
 from stages.params import Recipe, load_params
 from tests.test_pipeline import mlflow_of, project, run  # noqa: F401
 
@@ -29,6 +30,26 @@ def test_the_ablation_of_a_recipe_that_reads_together_is_refused(monkeypatch):
     monkeypatch.setattr("stages.compare.load_params", lambda: params.model_copy(update={"recipes": recipes}))
     with pytest.raises(ValueError, match="recipes.new.reading: together has no marginal .*use each"):
         ablate(2, 2, 1, 1)
+
+
+@pytest.mark.parametrize("without", ["train", "validation"])
+def test_the_ablation_of_data_without_answers_is_refused_before_it_begins(tmp_path, monkeypatch, without):
+    params = load_params()
+    evaluate = params.evaluate.model_copy(update={"split": "validation"})
+    monkeypatch.setattr("stages.compare.load_params", lambda: params.model_copy(update={"evaluate": evaluate}))
+    monkeypatch.setattr("stages.compare.dvc", lambda *given, **named: pytest.fail("an experiment was started"))
+    monkeypatch.setattr("stages.compare.PREPARED", tmp_path)
+    for split in ("train", "validation"):
+        row = {"id": "q", "question": "Who?", "answers": [] if split == without else ["a"], "positive_ids": ["p"]}
+        write_rows(tmp_path / f"{split}.arrow", QUESTIONS, [row])
+    with pytest.raises(ValueError, match=f"{without}.arrow: the {without} questions have no answers, and an ablation"):
+        ablate(2, 2, 1, 1)
+
+
+def test_runs_without_em_are_no_ablation():
+    results = {"new": [{"recall_at_1": 90.0, "questions_seen": 0, "steps": 0}]}
+    with pytest.raises(ValueError, match="no em, the questions have no answers, and an ablation tells"):
+        summarise(results)
 
 
 def rows_of(*ems: float) -> list[dict]:
