@@ -29,8 +29,8 @@ from stages.params import Lengths
 from stages.rag.ahead import Found
 from stages.rag.batches import Examples, RagBatch
 from stages.rag.prior import PriorWeights, combined
+from stages.rag.ranked import ranked
 from stages.rag.together import read_together
-from stages.search.fusion import fuse
 from stages.search.passage_encoder import PassageEncoder
 from stages.search.passage_index import PassageIndex, doc_scores
 from stages.search.reranking import Reranker
@@ -162,43 +162,17 @@ class Rag(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The best passages of each question and their scores, whose softmax is the prior (prior.py): [B, K] and [B, K].
 
-        With BM25's `hits` both rankings compete (fusion.py); with a reranker, which reads the questions as `asked`, the best
-        `rerank_depth` of them compete again. The gradient reaches the question vectors, the cross-encoder and what learns
-        of the prior. A context encoder that trains has a part in the scores, not in the search: its passages' vectors are
-        computed here and pass the gradient on.
+        They are found as ranked.py says. The gradient reaches the question vectors, the cross-encoder and what learns of the
+        prior. A context encoder that trains has a part in the scores, not in the search: its passages' vectors are computed
+        here and pass the gradient on.
         """
-        device, vectors = question_vectors.device, question_vectors.detach()
-        weights = self.prior()
-        wanted = max(self.n_docs, self.rerank_depth) if self.reranker else self.n_docs
-        rows = self.index.search(vectors, wanted if hits is None else max(wanted, hits.rows.shape[1])).to(device)
-        lexical = crossed = None
-        if hits is not None:
-            plain = weights.detached()
-            rows, lexical = fuse(self.index, vectors, rows, hits, plain.score_scale, plain.hybrid_weight, wanted)
-        if self.reranker:
-            rows, lexical, crossed = self.rerank(vectors, rows, lexical, asked)
-            if torch.is_grad_enabled():
-                crossed = self.reranker.scores(asked, rows)
-        passages = self.passage_encoder.vectors(rows) if self.passage_encoder else self._passage_vectors(rows)
-        return rows, combined(weights, doc_scores(question_vectors, passages, rows), lexical, crossed)
+        rows, lexical, crossed = ranked(self, question_vectors.detach(), hits, asked)
+        if self.reranker and torch.is_grad_enabled():
+            crossed = self.reranker.scores(asked, rows)
+        passages = self.passage_encoder.vectors(rows) if self.passage_encoder else self.passage_vectors(rows)
+        return rows, combined(self.prior(), doc_scores(question_vectors, passages, rows), lexical, crossed)
 
-    @torch.no_grad()
-    def rerank(
-        self, vectors: Tensor, rows: Tensor, lexical: Tensor | None, asked: Asked
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The best n_docs of the candidates `rows` [B, C] by all scores together, best first, with the parts of these.
-
-        More than `rerank_depth` are wanted by evaluation alone: what comes behind these keeps its order behind them.
-        """
-        crossed = self.reranker.scores_of_all(asked, rows[:, : self.rerank_depth])
-        dense = doc_scores(vectors, self._passage_vectors(rows), rows)
-        crossed = torch.nn.functional.pad(crossed, (0, rows.shape[1] - crossed.shape[1]))
-        scores = combined(self.prior(), dense, lexical, crossed)
-        scores[:, self.rerank_depth :] = float("-inf")
-        best = scores.sort(dim=1, descending=True, stable=True).indices[:, : self.n_docs]
-        return rows.gather(1, best), lexical if lexical is None else lexical.gather(1, best), crossed.gather(1, best)
-
-    def _passage_vectors(self, rows: Tensor) -> Tensor:
+    def passage_vectors(self, rows: Tensor) -> Tensor:
         """The stored vectors of passages `rows`, on their device."""
         return self.index.gather(rows.to(self.index.vectors.device)).to(rows.device)
 
