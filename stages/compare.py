@@ -77,6 +77,7 @@ def old_settings(updates: int) -> list[str]:
     warmup = f"train.warmup_steps={min(load_params().train.warmup_steps, updates - 1)}"
     return [
         "train.recipe=old", "train.batch_size=8", "train.gradient_accumulation_steps=4", f"train.max_steps={updates}", warmup,
+        "train.positives_weight=0",  # nothing of its retriever trains
     ]  # fmt: skip
 
 
@@ -95,6 +96,7 @@ def ablate(steps: int, questions: int | None, seeds: int, jobs: int) -> None:
         assert getattr(new, switch) != getattr(old, switch), f"recipes.new.{switch} is already the old one"
     variants["old"] = ["train.recipe=old"]
     base = [
+        "train.positives_weight=0",
         "train.batch_size=8",
         "train.gradient_accumulation_steps=4",
         "evaluate.decoding=fast",

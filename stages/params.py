@@ -242,6 +242,7 @@ class Train(Section):
     context_encoder_learning_rate: Rate | None
     reranker_learning_rate: Rate | None
     prior_learning_rate: Rate
+    positives_weight: Annotated[float, Field(ge=0)]
     warmup_steps: Count
     weight_decay: Share
     max_grad_norm: Annotated[float, Field(gt=0)]
@@ -374,6 +375,16 @@ class Params(Section):
             raise ValueError(
                 f"{where}.marginalization: {recipe.marginalization} is of answers under single passages; with {where}.reading: "
                 "together, use sequence"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gold_passages_teach_what_learns(self) -> "Params":
+        weight = self.train.positives_weight
+        if weight and self.train.recipe in self.recipes and self.recipe.retriever_gradient == "none":
+            raise ValueError(
+                f"train.positives_weight: {weight:g}, but recipes.{self.train.recipe}.retriever_gradient: none trains nothing "
+                "that ranks passages; use exact (with reading: together, emdr2) or set train.positives_weight to 0"
             )
         return self
 

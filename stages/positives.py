@@ -1,4 +1,4 @@
-"""Stage 1c: positives for the questions that name none, where a warm-up, of the retriever or of the reranker, is to read them.
+"""Stage 1c: positives for the questions that name none, where a warm-up or joint training (train.positives_weight) reads them.
 
     python -m stages.positives                      # reads data/prepared, writes data/positives
     dvc exp run -S data.positives.depth=100         # look further down
@@ -25,13 +25,14 @@ def main() -> None:
     reranker_learns = params.models.reranker and retriever.reranker.steps
     # Training takes from them what a pattern matches.
     patterns = params.data.answers_are == "regex"
-    wanted = settings.depth and (retriever.steps or retriever.hard_negatives.count or reranker_learns or patterns)
+    read = retriever.steps or retriever.hard_negatives.count or reranker_learns or params.train.positives_weight
+    wanted = settings.depth and (read or patterns)
     with replacing(POSITIVES) as (folder,):
         for split in SPLITS:
             rows = search(split, params.data, params.runtime) if wanted else []
             write_rows(folder / f"{split}.arrow", FOUND, rows)
     if not wanted:
-        print("no positives are searched for: no warm-up reads them, or data.positives.depth is 0")
+        print("no positives are searched for: nothing reads them, or data.positives.depth is 0")
     else:
         if reranker_learns:
             check_some_train()

@@ -98,6 +98,7 @@ def test_numbers_that_a_tool_wrote_as_text_are_numbers(tmp_path, key, value, exp
         ("retriever.temperature", 0, "retriever.temperature:.*greater than 0"),
         ("retriever.reranker.negatives", 0, "retriever.reranker.negatives:.*greater than or equal to 1"),
         ("train.answers", "all", "train.answers:.*'first' or 'drawn'.*'all'"),
+        ("train.positives_weight", -0.5, "train.positives_weight:.*greater than or equal to 0"),
         ("index.nprobe", 0, "index.nprobe:.*greater than or equal to 1"),
         ("index.ef_search", -1, "index.ef_search:.*greater than or equal to 1"),
         ("index.train_size", 10, "index.train_size:.*greater than or equal to 256"),
@@ -178,6 +179,21 @@ def test_reading_together_without_a_gradient_for_the_encoders_cannot_refresh_the
     values["recipes"]["new"]["retriever_gradient"] = "none"
     with pytest.raises(ValueError, match="index_refresh_steps: 20.*none leaves .*with reading: together, emdr2"):
         load(tmp_path, yaml.safe_dump(values))
+
+
+def test_gold_passages_cannot_teach_a_retriever_that_has_no_gradient(tmp_path):
+    values = yaml.safe_load(SHIPPED)
+    values["train"]["positives_weight"] = 0.5
+    values["recipes"]["new"]["marginalization"] = "average"  # is no obstacle: they are a gradient by themselves
+    assert load(tmp_path, yaml.safe_dump(values)).train.positives_weight == 0.5
+    values["train"]["recipe"] = "old"
+    with pytest.raises(
+        ValueError, match="train.positives_weight: 0.5, but recipes.old.retriever_gradient: none"
+    ) as error:
+        load(tmp_path, yaml.safe_dump(values))
+    assert "\n" not in str(error.value)
+    values["train"]["positives_weight"] = 0
+    load(tmp_path, yaml.safe_dump(values))
 
 
 def test_a_recipe_of_ones_own(tmp_path):

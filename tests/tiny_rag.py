@@ -46,7 +46,7 @@ OLD = Recipe(
 SETTINGS = Train(
     recipe="new", seed=7, max_steps=4, batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-3,
     question_encoder_learning_rate=None, context_encoder_learning_rate=None, reranker_learning_rate=None,
-    prior_learning_rate=1e-2, answers="first", warmup_steps=1,
+    prior_learning_rate=1e-2, positives_weight=0.0, answers="first", warmup_steps=1,
     weight_decay=0.01, max_grad_norm=1.0, label_smoothing=0.0, logging_steps=1, eval_steps=2, save_steps=1,
     save_total_limit=2, gradient_checkpointing=False, compile=False, bf16_copy=False, halve_on_oom=True,
     max_skipped_steps=3, index_refresh_steps=0,

@@ -98,7 +98,7 @@ def trainer_of(
         recipe=options.recipe, seed=1, max_steps=steps, batch_size=batch_size, gradient_accumulation_steps=accumulation,
         learning_rate=3e-5,
         question_encoder_learning_rate=None, context_encoder_learning_rate=None, reranker_learning_rate=None,
-        prior_learning_rate=1e-2, answers="first", warmup_steps=0, weight_decay=0.01,
+        prior_learning_rate=1e-2, positives_weight=0.0, answers="first", warmup_steps=0, weight_decay=0.01,
         max_grad_norm=1.0, label_smoothing=0.0,
         logging_steps=logging_steps, eval_steps=steps, save_steps=steps, save_total_limit=1,
         gradient_checkpointing=False, compile=False, bf16_copy=False, halve_on_oom=False, max_skipped_steps=20,

@@ -17,6 +17,7 @@ class Found(NamedTuple):
 
     rows: Tensor  # [B, K] passages
     scores: Tensor  # [B, K], with gradient
+    gold_nll: Tensor | None  # [B], with gradient
     packed: PackedAnswers  # the contexts and their answers
     context_tokens: Tensor  # real tokens of the contexts
 
@@ -28,18 +29,20 @@ def finds_ahead(rag: Any) -> bool:
 
 def found_ahead(
     rag: Any, batch: RagBatch, sizes: list[int], retriever_gradient: str = "exact"
-) -> tuple[Tensor, Tensor, list[tuple[RagBatch, Found]]]:
+) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[RagBatch, Found]]]:
     """Parts of a batch, of these sizes, each with what one search found for all of them.
 
-    Before them the scores, and the same without their past, where the parts' backward passes end: what these leave there
-    as `grad` goes on through the first.
+    Before them what their backward passes end at, the scores (and gold_nll): each with its past and without. What is left
+    as `grad` at the second goes on through the first.
     """
-    rows, scores = rag.find(batch, retriever_gradient)
-    cut = scores.detach().requires_grad_(scores.requires_grad)
+    rows, scores, golds = rag.find(batch, retriever_gradient)
+    ends = [(one, one.detach().requires_grad_(one.requires_grad)) for one in (scores, golds) if one is not None]
+    cut, nll = ends[0][1], ends[1][1] if golds is not None else None
     parts, first = [], 0
     for size in sizes:
         some = slice(first, first + size)
         part, first = batch.part(some), first + size
         ids, mask = rag.contexts(part, rows[some])
-        parts.append((part, Found(rows[some], cut[some], rag.pack(part, ids, mask), mask.sum())))
-    return scores, cut, parts
+        of_golds = nll if nll is None else nll[some]
+        parts.append((part, Found(rows[some], cut[some], of_golds, rag.pack(part, ids, mask), mask.sum())))
+    return ends, parts

@@ -24,6 +24,7 @@ class Examples:
     first_answers: Tensor | None = (
         None  # [N + 1] question i has the targets from the i-th up to the next; None: one each
     )
+    golds: TokenStore | None = None  # rows of each question's gold passages, where they teach the retriever
 
     def __len__(self) -> int:
         return len(self.for_encoder)
@@ -46,6 +47,7 @@ class Examples:
             self.hits and self.hits.to(device),
             self.for_reranker and self.for_reranker.to(device),
             self.first_answers if self.first_answers is None else self.first_answers.to(device),
+            self.golds and self.golds.to(device),
         )
 
 
@@ -60,10 +62,12 @@ class RagBatch(NamedTuple):
     target_mask: Tensor  # [B, T]
     hits: Hits | None = None
     asked: Asked | None = None  # as the reranker reads them
+    golds: Tensor | None = None  # [B, G] gold passages that teach the retriever; -1: no more, as in the last column
 
     def part(self, rows: slice) -> "RagBatch":
         """Some of the questions, as wide as all of them."""
-        *tensors, hits, asked = self
+        *tensors, hits, asked, golds = self
         return RagBatch(
-            *(part[rows] for part in tensors), hits and hits.select(rows), asked and Asked(*(p[rows] for p in asked))
-        )
+            *(part[rows] for part in tensors), hits and hits.select(rows), asked and Asked(*(p[rows] for p in asked)),
+            golds if golds is None else golds[rows],
+        )  # fmt: skip

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from stages.bm25.hits import Hits
 from stages.corpus.token_store import TokenStore
@@ -28,6 +29,7 @@ from stages.packed.working_copy import WorkingCopy
 from stages.params import Lengths
 from stages.rag.ahead import Found
 from stages.rag.batches import Examples, RagBatch
+from stages.rag.gold import retrieve_with_golds
 from stages.rag.prior import PriorWeights, combined
 from stages.rag.ranked import ranked
 from stages.rag.together import read_together
@@ -43,6 +45,7 @@ class RagOutput(NamedTuple):
     context_tokens: Tensor  # real tokens read by the generator's encoder
     scored_under: float  # passes that an answer token takes part in; one without gradient is a third of one
     retriever_loss: Tensor | None = None  # [B] nats a question, where it is a loss beside `nll`
+    gold_nll: Tensor | None = None  # [B] -log p(gold passages | x), where the batch names them (gold.py)
 
 
 class Rag(nn.Module):
@@ -105,11 +108,13 @@ class Rag(nn.Module):
             )
 
     def examples(
-        self, questions: list[str], answers: list[str] | list[list[str]], hits: Hits | None = None
-    ) -> Examples:
+        self, questions: list[str], answers: list[str] | list[list[str]], hits: Hits | None = None,
+        golds: list[list[int]] | None = None,
+    ) -> Examples:  # fmt: skip
         """Tokenizes questions (cut to `lengths.question_tokens`) and their answers; `hits` are theirs by BM25.
 
-        An answer each, or a list of different ones each, of which a batch takes the first unless it says another.
+        An answer each, or a list of different ones each, of which a batch takes the first unless it says another. With
+        `golds`, rows of each question's gold passages, the retriever learns from these too.
         """
         first_answers = None
         if answers and isinstance(answers[0], list):
@@ -127,6 +132,7 @@ class Rag(nn.Module):
             hits,
             self.reranker and TokenStore.from_rows(self.reranker.encoder.question_rows(questions, limit)),
             first_answers,
+            golds and TokenStore.from_rows(golds),
         )
 
     def batch(self, examples: Examples, rows: list[int], shares: Tensor | None = None) -> RagBatch:
@@ -148,7 +154,10 @@ class Rag(nn.Module):
         hits = examples.hits and examples.hits.select(chosen)
         of_reranker = examples.for_reranker and Asked(*examples.for_reranker.padded(chosen, limit=1 << 30, pad=0))
         targets = examples.targets[answers, :width]
-        batch = RagBatch(question_ids, question_mask, asked, lengths, targets, mask[:, :width], hits, of_reranker)
+        golds = examples.golds and pad(examples.golds.padded(chosen, limit=1 << 30, pad=-1)[0], (0, 1), value=-1)
+        batch = RagBatch(
+            question_ids, question_mask, asked, lengths, targets, mask[:, :width], hits, of_reranker, golds
+        )
         device = next(self.parameters()).device
         if device.type == "cuda" and chosen.device.type == "cpu":
             # Only from page-locked memory does a copy join the GPU's queue without emptying it first.
@@ -206,10 +215,11 @@ class Rag(nn.Module):
         `retriever_gradient` "none" cuts the gradient to all that ranks passages. What was `found` before (ahead.py), reading
         each, is not looked for again.
         """
-        rows, scores = (found.rows, found.scores) if found else self.find(batch, retriever_gradient)
+        rows, scores, golds = found[:3] if found else self.find(batch, retriever_gradient)
         prior = marginalization.log_prior(scores)
         if reading == "together":
-            return self._forward_together(batch, rows, prior, retriever_gradient, label_smoothing)
+            output = self._forward_together(batch, rows, prior, retriever_gradient, label_smoothing)
+            return output._replace(gold_nll=golds)
         if found:
             token_lp = self.packed_log_probs(found.packed, label_smoothing).unflatten(0, rows.shape)
             read = found.context_tokens
@@ -218,12 +228,15 @@ class Rag(nn.Module):
             token_lp = self.token_log_probs(batch, input_ids, attention_mask, label_smoothing)
             read = attention_mask.sum()
         nll = marginalization.NLL[marginal](prior, token_lp, batch.target_mask)
-        return RagOutput(nll, prior.detach(), rows, read, rows.shape[1])
+        return RagOutput(nll, prior.detach(), rows, read, rows.shape[1], gold_nll=golds)
 
-    def find(self, batch: RagBatch, retriever_gradient: str = "exact") -> tuple[Tensor, Tensor]:
-        """Each question's passages and their scores: [B, K] and [B, K]."""
+    def find(self, batch: RagBatch, retriever_gradient: str = "exact") -> tuple[Tensor, Tensor, Tensor | None]:
+        """Each question's passages and their scores, [B, K] and [B, K], and, where the batch has `golds`, gold_nll [B]."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and retriever_gradient != "none"):
-            return self.retrieve(self.encode_questions(batch), batch.hits, batch.asked)
+            vectors = self.encode_questions(batch)
+            if batch.golds is not None:
+                return retrieve_with_golds(self, vectors, batch)
+            return *self.retrieve(vectors, batch.hits, batch.asked), None
 
     def _forward_together(
         self, batch: RagBatch, rows: Tensor, prior: Tensor, retriever_gradient: str, label_smoothing: float

@@ -11,6 +11,8 @@ from stages.rag.prior import combined
 from stages.search.fusion import fuse
 from stages.search.passage_index import doc_scores
 
+DENSE_CANDIDATES = 64  # as many as BM25 brings by the shipped parameters
+
 
 class Ranked(NamedTuple):
     """B questions' passages, best first, with those parts of their scores that the searches gave."""
@@ -24,21 +26,28 @@ class Ranked(NamedTuple):
 
 
 @torch.no_grad()
-def ranked(rag: Any, vectors: Tensor, hits: Hits | None, asked: Asked | None) -> Ranked:
-    """A Rag's best n_docs passages of the questions `vectors` [B, d].
+def ranked(rag: Any, vectors: Tensor, hits: Hits | None, asked: Asked | None, everything: bool = False) -> Ranked:
+    """A Rag's best n_docs passages of the questions `vectors` [B, d], or `everything` that competes.
 
     With BM25's `hits` both rankings compete (fusion.py); with a reranker, which reads the questions as `asked`, the best
-    `rerank_depth` of them compete again.
+    `rerank_depth` of them compete again. Dense hits alone compete for nothing: then everything is the best DENSE_CANDIDATES.
     """
     weights = rag.prior()
     wanted = max(rag.n_docs, rag.rerank_depth) if rag.reranker else rag.n_docs
-    rows = rag.index.search(vectors, wanted if hits is None else max(wanted, hits.rows.shape[1])).to(vectors.device)
+    if everything and not rag.reranker and hits is None:
+        wanted = max(wanted, DENSE_CANDIDATES)
+    searched = wanted if hits is None else max(wanted, hits.rows.shape[1])
+    rows = rag.index.search(vectors, searched).to(vectors.device)
     lexical = None
     if hits is not None:
         plain = weights.detached()
+        if everything and not rag.reranker:
+            wanted = searched + hits.rows.shape[1]
         rows, lexical = fuse(rag.index, vectors, rows, hits, plain.score_scale, plain.hybrid_weight, wanted)
     found = Ranked(rows, lexical, None)
-    return _reranked(rag, vectors, found, asked).best(rag.n_docs) if rag.reranker else found
+    if rag.reranker:
+        found = _reranked(rag, vectors, found, asked)
+    return found if everything else found.best(rag.n_docs)
 
 
 def _reranked(rag: Any, vectors: Tensor, found: Ranked, asked: Asked) -> Ranked:

@@ -18,13 +18,9 @@ def fuse(
     """The n_docs best passages of each question [B, d] by score_scale x inner product + weight x BM25.
 
     Candidates are the rows `dense` [B, C] and the hits. Returns rows [B, n_docs], best first, -1 where there are no
-    more, and their BM25 scores [B, n_docs]. A passage outside a full list of hits counts with the list's
-    lowest score, which is the most that it can have; outside a list that is not full it shares no word.
+    more, and their BM25 scores [B, n_docs].
     """
-    same = dense[:, :, None] == hits.rows[:, None, :]
-    known = (same & (dense >= 0)[:, :, None]).any(2)
-    lowest = torch.where(hits.rows[:, -1] >= 0, hits.scores[:, -1], 0.0)
-    of_dense = torch.where(known, (same * hits.scores[:, None, :]).sum(2), lowest[:, None])
+    of_dense, same = lexical_scores(dense, hits)
     rows = torch.cat([dense, hits.rows.masked_fill(same.any(1), -1)], dim=1)
     lexical = torch.cat([of_dense, hits.scores], dim=1)
     passages = index.gather(rows.to(index.vectors.device)).to(questions.device)
@@ -34,3 +30,15 @@ def fuse(
     missing = n_docs - rows.shape[1]
     pad = torch.nn.functional.pad
     return pad(rows, (0, missing), value=-1), pad(lexical, (0, missing))
+
+
+def lexical_scores(rows: Tensor, hits: Hits) -> tuple[Tensor, Tensor]:
+    """BM25 scores [B, C] of the passages `rows` [B, C], and which of the hits each is [B, C, D].
+
+    A passage outside a full list of hits counts with the list's lowest score, which is the most that it can have; outside a
+    list that is not full it shares no word.
+    """
+    same = rows[:, :, None] == hits.rows[:, None, :]
+    known = (same & (rows >= 0)[:, :, None]).any(2)
+    lowest = torch.where(hits.rows[:, -1] >= 0, hits.scores[:, -1], 0.0)
+    return torch.where(known, (same * hits.scores[:, None, :]).sum(2), lowest[:, None]), same

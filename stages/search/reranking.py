@@ -33,6 +33,16 @@ class Reranker:
         pairs = self.encoder.pairs(asked.repeated(rows.shape[1]), self.tokens, rows.flatten())
         return self.encoder.scores(pairs).view(rows.shape).masked_fill(rows < 0, 0.0)
 
+    def scores_of_present(self, asked: Asked, rows: Tensor) -> Tensor:
+        """The same where many are missing: these are not read."""
+        there = (rows >= 0).flatten().nonzero().squeeze(1)
+        scores = torch.zeros(rows.numel(), device=rows.device)
+        if len(there):
+            questions = Asked(*(part[there // rows.shape[1]] for part in asked))
+            pairs = self.encoder.pairs(questions, self.tokens, rows.flatten()[there])
+            scores = scores.index_put((there,), self.encoder.scores(pairs))
+        return scores.view(rows.shape)
+
     @torch.no_grad()
     def scores_of_all(self, asked: Asked, rows: Tensor) -> Tensor:
         """The same of many candidates: without gradient and dropout, on a GPU in bf16, as many at once as memory takes."""

@@ -12,6 +12,7 @@ TRACKED = {
     "train_loss_per_sequence": "loss/train",
     "val_loss_per_sequence": "loss/validation",
     "retriever_loss": "loss/retriever",
+    "gold_nll": "loss/gold_passages",
     "train_loss_per_token": "loss/train_per_token",
     "val_loss_per_token": "loss/validation_per_token",
     "learning_rate": "optimizer/learning_rate",

@@ -10,7 +10,7 @@ from transformers import DPRContextEncoder
 from stages.bm25.hits import read_hits
 from stages.compute import ranks
 from stages.compute.precision import mixed_precision
-from stages.corpus.arrow import read_rows
+from stages.corpus.arrow import own_rows, read_rows
 from stages.encoders.loading import load_encoder
 from stages.encoders.mining import tokenize_passages
 from stages.generation.lora import QUANTIZED, add_lora, loading
@@ -58,7 +58,7 @@ def inputs_of(params: Params) -> list[Path]:
     ranking = params.models.reranker or params.retriever.learn_weights
     return [
         PREPARED, TOKENS, *(RETRIEVER / encoder for encoder in encoders), VECTORS, INDEX,
-        *([POSITIVES] if params.data.answers_are == "regex" else []),
+        *([POSITIVES] if params.data.answers_are == "regex" or params.train.positives_weight else []),
         *([LEXICAL] if params.retriever.hybrid_depth else []), *([RERANKER] if ranking else []),
         *(file for file in generator if file.exists()),
     ]  # fmt: skip
@@ -116,7 +116,8 @@ def build_rag(
 def open_examples(
     params: Params, rag: Rag, rows: dict[str, Dataset]
 ) -> tuple[dict[str, Examples], dict[str, list[str]]]:
-    """Both splits' questions with their answers (validation's: the first) and, where retrieval is hybrid, their hits.
+    """Both splits' questions with their answers (validation's: the first) and, where retrieval is hybrid, their hits; the
+    training questions with their gold passages, where these teach the retriever.
 
     Beside them the questions' ids.
     """
@@ -132,8 +133,24 @@ def open_examples(
             answers = [list(dict.fromkeys(answers)) for answers in some["answers"]]
         else:
             answers = [answers[0] for answers in some["answers"]]
-        examples[split] = rag.examples(list(some["question"]), answers, hits)
+        golds = known_golds(rows, kept) if split == "train" and params.train.positives_weight else None
+        examples[split] = rag.examples(list(some["question"]), answers, hits, golds)
     return examples, names
+
+
+def known_golds(rows: dict[str, Dataset], kept: list[int]) -> list[list[int]]:
+    """Rows of the gold passages of the training questions `kept`, as the warm-up takes them; [] where none is known.
+
+    Raises ValueError where none is known of any.
+    """
+    own = own_rows(rows["train"], read_rows(POSITIVES / "train.arrow"), rows["passages"])
+    golds = [own[row] for row in kept]
+    if not any(golds):
+        raise ValueError(
+            f"{PREPARED / 'train.arrow'}: no question has a positive passage, train.positives_weight needs some; name them in "
+            "data.fields.positive_ids, raise data.positives.depth to find them by answer, or set it to 0"
+        )
+    return golds
 
 
 def make_trainer(params: Params, rag: Rag, precision: str, workplace: Workplace, names: list[str]) -> Trainer:

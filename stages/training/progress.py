@@ -14,6 +14,8 @@ from stages.training.throughput import DeviceGaps
 SUMS = (
     "nll",
     "retriever_loss",
+    "gold_nll",
+    "with_gold",
     "context_tokens",
     "prior_entropy",
     "distinct",
@@ -51,6 +53,8 @@ class Window:
 
     nll: torch.Tensor | float = 0.0
     retriever_loss: torch.Tensor | float = 0.0
+    gold_nll: torch.Tensor | float = 0.0
+    with_gold: torch.Tensor | float = 0.0  # questions that it is of
     question_tokens: torch.Tensor | float = 0.0
     context_tokens: torch.Tensor | float = 0.0
     prior_entropy: torch.Tensor | float = 0.0
@@ -85,6 +89,9 @@ class Window:
         self.nll += output.nll.detach().sum()
         if output.retriever_loss is not None:
             self.retriever_loss += output.retriever_loss.detach().sum()
+        if output.gold_nll is not None:
+            self.gold_nll += output.gold_nll.detach().sum()
+            self.with_gold += (batch.golds[:, 0] >= 0).sum()
         self.question_tokens += batch.question_mask.sum()
         self.context_tokens += output.context_tokens
         self.target_tokens += targets

@@ -270,12 +270,11 @@ class Trainer:
             window.waits.open()
         batch = self.rag.batch(training, [row for rows in passes for row in rows], shares)
         window.waits.close()
-        scores = cut = None
-        parts = [(batch, None)]
+        ends, parts = [], [(batch, None)]
         if len(passes) > 1:
             with self.accelerator.autocast():
                 sizes = [len(rows) for rows in passes]
-                scores, cut, parts = found_ahead(self.rag, batch, sizes, self.recipe.retriever_gradient)
+                ends, parts = found_ahead(self.rag, batch, sizes, self.recipe.retriever_gradient)
         for part, found in parts:
             output = self.model(
                 part,
@@ -288,10 +287,13 @@ class Trainer:
             loss = output.nll.sum()
             if output.retriever_loss is not None:
                 loss = loss + output.retriever_loss.sum()
+            if output.gold_nll is not None:
+                loss = loss + self.settings.positives_weight * output.gold_nll.sum()
             self.accelerator.backward(loss / divisor)
             window.add(part, output)
-        if cut is not None and cut.grad is not None:
-            scores.backward(cut.grad)
+        reached = [(before, cut.grad) for before, cut in ends if cut.grad is not None]
+        if reached:
+            torch.autograd.backward(*zip(*reached, strict=True))
         window.waits.open()
 
     def _summary(self, window: Window, norms: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -304,6 +306,7 @@ class Trainer:
             "train_loss_per_sequence": float(sums["nll"]) / sums["questions"],
             "train_loss_per_token": float(sums["nll"]) / float(sums["target_tokens"]),
             **self._retriever_loss(sums),
+            **({"gold_nll": float(sums["gold_nll"]) / int(sums["with_gold"])} if int(sums["with_gold"]) else {}),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             **(self.rag.prior.numbers() if self.rag.prior.log_factors is not None else {}),
             **{name: float(norm) for name, norm in norms.items()},

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from stages.generation.marginalization import log_prior, sequence_nll
-from stages.generation.retriever_losses import LOSS
+from stages.generation.retriever_losses import LOSS, gold_nll
 
 B, K, T = 5, 4, 3
 
@@ -73,3 +73,19 @@ def test_distillation_is_zero_where_the_prior_is_what_the_answers_say():
     _, alone, mask = problem()
     scores = (alone * mask[:, None]).sum(-1)
     assert LOSS["perplexity_distillation"](log_prior(scores), alone, mask).abs().max() < 1e-6
+
+
+def test_of_gold_passages_it_is_their_share_of_the_prior_and_the_gradient_prior_minus_shares_among_themselves():
+    scores, _, _ = problem()
+    gold = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]).bool()
+    found = gold_nll(scores, gold)
+    found.sum().backward()
+    for row, some in enumerate(gold.numpy()):
+        if not some.any():
+            assert found[row] == 0 and not scores.grad[row].any()
+            continue
+        prior = softmax(scores[row].detach().numpy())
+        wanted = np.where(some, prior, 0) / prior[some].sum()
+        assert found[row].item() == pytest.approx(-np.log(prior[some].sum()), abs=1e-12)
+        np.testing.assert_allclose(scores.grad[row].numpy(), prior - wanted, atol=1e-12)
+    assert found[3] == 0, "the only candidate"
