@@ -15,7 +15,7 @@ from stages.machine.launching import launch
 def train(
     folder: Path, stop_at: int | None = None, sgd: bool = True, shards: bool = False, fsdp: bool = False,
     generator: str = "bart", lora: bool = False, precision: str = "no", questions: int | None = None,
-    recipe: dict | None = None, **settings,
+    recipe: dict | None = None, golds: list[list[int]] | None = None, **settings,
 ):  # fmt: skip
     """A training of the tiny model; at step `stop_at` the last rank alone is asked to stop."""
     import torch
@@ -47,16 +47,17 @@ def train(
         7,
         Checkpoints(folder / "checkpoints", 2),
     )
-    examples = rag.examples(tiny_rag.QUESTIONS[:questions], tiny_rag.ANSWERS[:questions])
+    asked = tiny_rag.QUESTIONS[:questions], tiny_rag.ANSWERS[:questions]
+    examples, taught = rag.examples(*asked), rag.examples(*asked, golds=golds)
 
-    def asked() -> int | None:
+    def stopped() -> int | None:
         if trainer.progress.step == 2:
             (folder / "running").touch()
         last = ranks.rank() == ranks.world() - 1
         return signal.SIGTERM if last and trainer.progress.step == stop_at else interrupts.asked()
 
     with Interrupts() as interrupts:
-        trainer.run(examples, examples, lambda point: None, asked)
+        trainer.run(taught, examples, lambda point: None, stopped)
     return trainer
 
 

@@ -29,7 +29,7 @@ BIN = Path(sys.executable).parent
 # Nine questions in steps of 8, over the epochs' ends.
 THREE_STEPS = {"max_steps": 3, "learning_rate": 1e-3, "warmup_steps": 0, "max_grad_norm": 0.5}
 CURVE = ("step", "questions_seen", "train_loss_per_sequence", "train_loss_per_token", "val_loss_per_sequence",
-         "val_loss_per_token", "gradient_norm", "prior_entropy", "learning_rate")  # fmt: skip
+         "val_loss_per_token", "gradient_norm", "prior_entropy", "learning_rate", "gold_nll")  # fmt: skip
 SIX_STEPS = {"max_steps": 6, "save_steps": 4, "logging_steps": 3, "eval_steps": 2, "learning_rate": 1e-3}
 
 
