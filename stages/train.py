@@ -13,11 +13,14 @@ from its last checkpoint. Questions without answers train no generator: the mode
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from stages.machine.devices import prepare_torch
 from stages.machine.entry import CODE, root_folder, run
-from stages.machine.stage_params import settings_of, settings_to_record, stage_params
+from stages.machine.stage_params import settings_to_record, stage_params
 from stages.params import PARAMS_FILE, Params
 
 MODEL, METRICS, CURVES = Path("data/model"), Path("metrics/train.json"), Path("data/curves")
@@ -53,12 +56,13 @@ def train(params: Params, device, sharded=None) -> None:
 
     rows = opening.open_rows()
     if not has_answers(rows["train"]):
+        workplace = take_workplace(params, opening.inputs_of(params), trains=False)
         if ranks.is_main():
-            pass_on(params, device, rows)
+            pass_on(params, device, rows, workplace)
         return
     rag, precision = opening.build_rag(params, device, rows["passages"], sharded)
     examples, names = opening.open_examples(params, rag, rows)
-    workplace = take_workplace(root_folder(), settings_of(params), opening.inputs_of(params), params)
+    workplace = take_workplace(params, opening.inputs_of(params))
     trainer = opening.make_trainer(params, rag, precision, workplace, names["train"])
     if ranks.is_main():
         train_and_leave(params, trainer, examples, workplace, device)
@@ -66,44 +70,26 @@ def train(params: Params, device, sharded=None) -> None:
         workplace.run(trainer, examples, on_point=lambda point: None)
 
 
-def pass_on(params: Params, device, rows: dict) -> None:
+def pass_on(params: Params, device, rows: dict, workplace) -> None:
     """Leaves the models as the warm-up left them: questions without answers train the retriever alone."""
     from stages.corpus.arrow import replacing
     from stages.rag.folder import save_rag
-    from stages.storage import leftovers, manifest
-    from stages.storage.checkpoints import describe, fingerprint
-    from stages.tracking.runs import environment_tags, open_run
-    from stages.training import opening
+    from stages.storage import manifest
     from stages.training.curve_files import CurveFiles
-    from stages.training.curves import earlier_metrics
+    from stages.training.opening import build_rag
 
-    root = root_folder()
-    name = fingerprint(describe(settings_of(params), opening.inputs_of(params)))
-    called = os.environ.get("DVC_EXP_NAME") or f"retrieval-{name[:6]}"
-    lock = leftovers.lock(root, name)
     as_they_are = params.train.model_copy(update={"index_refresh_steps": 0, "compile": False})
-    rag, _ = opening.build_rag(params.model_copy(update={"train": as_they_are}), device, rows["passages"], None)
+    rag, _ = build_rag(params.model_copy(update={"train": as_they_are}), device, rows["passages"], None)
     description = "The training questions have no answers: no joint training, the warmed-up retriever as it is."
-    tracker = open_run(
-        root, params.tracking.experiment, None, called, root / ".tracking" / f"train-{name}.jsonl", None, same_run=True
-    )
-    with tracker:
-        tracker.set_tags({**environment_tags(Path.cwd()), "recipe": "none", "fingerprint": name})
-        settings = settings_to_record(params)
-        tracker.log_params(settings)
-        data = list(opening.data_sets())
-        for data_set in data:
-            tracker.log_dataset(*data_set)
-        if "DVC_STAGE" in os.environ:  # else they may have run with other parameters since
-            tracker.log_metrics(earlier_metrics(METRICS.parent))
+    with tracked(params, workplace, None, same_run=True) as opened:
         with replacing(MODEL) as (made,):
             save_rag(rag, made, params.recipe.marginalization, params.recipe.reading)
-        tracker.describe(description)
-        tracker.flush()
-    leave_facts(params, settings, tracker.run_id, name, called, {}, description, data)
+        opened.log_earlier_stages()
+        opened.tracker.describe(description)
+    leave_facts(params, opened, workplace.name, {}, description)
     manifest.write_metrics(METRICS, {"steps": 0, "questions_seen": 0, "training_seconds": 0.0})
     CurveFiles(CURVES).write([])
-    lock.release()
+    workplace.release()
     print(
         "the train questions have no answers: nothing is trained jointly, the warmed-up models are passed on as they are"
     )
@@ -114,36 +100,27 @@ def train_and_leave(params: Params, trainer, examples: dict, workplace, device) 
     from stages.corpus.arrow import replacing
     from stages.rag.folder import save_rag
     from stages.storage import manifest
-    from stages.tracking.runs import environment_tags, open_run
     from stages.training.boards import take_board
     from stages.training.curve_files import CurveFiles
-    from stages.training.curves import Curves, earlier_metrics, summary
-    from stages.training.opening import data_sets
+    from stages.training.curves import Curves, summary
     from stages.verdicts.description import training_text
     from stages.verdicts.of_training import training_signs
 
-    root, fingerprint, recipe = root_folder(), workplace.name, params.train.recipe
-    name = os.environ.get("DVC_EXP_NAME") or f"{recipe}-{fingerprint[:6]}"
-    tracker = open_run(
-        root, params.tracking.experiment, None, name, workplace.journal,
-        params.tracking.system_metrics_seconds or None, same_run=trainer.checkpoints.is_finished(),
-    )  # fmt: skip
-    board = take_board(root / "tensorboard", name, fingerprint) if params.recipe.tensorboard else None
-    usual = {"skipped_steps": 0, "overflow_steps": 0, "micro_batch": params.train.batch_size}
-    curves = Curves(tracker, board, usual)
     files = CurveFiles(CURVES)
+    with tracked(params, workplace, params.train.recipe, trainer.checkpoints.is_finished()) as opened:
+        tracker = opened.tracker
+        board = (
+            take_board(root_folder() / "tensorboard", opened.name, workplace.name)
+            if params.recipe.tensorboard
+            else None
+        )
+        usual = {"skipped_steps": 0, "overflow_steps": 0, "micro_batch": params.train.batch_size}
+        curves = Curves(tracker, board, usual)
 
-    def on_point(point: dict) -> None:
-        curves.point(point)
-        files.follow(trainer.progress.history)
+        def on_point(point: dict) -> None:
+            curves.point(point)
+            files.follow(trainer.progress.history)
 
-    with tracker:
-        tracker.set_tags({**environment_tags(Path.cwd()), "recipe": recipe, "fingerprint": fingerprint})
-        settings = settings_to_record(params)
-        tracker.log_params(settings)
-        data = list(data_sets())
-        for data_set in data:
-            tracker.log_dataset(*data_set)
         workplace.run(trainer, examples, on_point)
         if trainer.progress.halvings:
             tracker.set_tags({"out_of_memory": ", ".join(trainer.progress.halvings)})
@@ -156,13 +133,11 @@ def train_and_leave(params: Params, trainer, examples: dict, workplace, device) 
         tracker.log_text(verdicts.text, "signs-train.txt")
         description = training_text(metrics, verdicts)
         kept = {name: metrics[loss] for name, loss in MODEL_LOSSES.items() if loss in metrics}
-        if "DVC_STAGE" in os.environ:  # else they may have run with other parameters since
-            tracker.log_metrics(earlier_metrics(METRICS.parent))
-        register(params, tracker, name, int(metrics["kept_step"]), kept, description)
+        opened.log_earlier_stages()
+        register(params, opened, int(metrics["kept_step"]), kept, description)
         tracker.describe(description)
-        tracker.flush()
 
-    leave_facts(params, settings, tracker.run_id, fingerprint, name, kept, description, data)
+    leave_facts(params, opened, workplace.name, kept, description)
     manifest.write_metrics(METRICS, metrics)
     files.write(trainer.progress.history)
     workplace.release()
@@ -171,24 +146,61 @@ def train_and_leave(params: Params, trainer, examples: dict, workplace, device) 
     print(f"validation loss {loss:.3f} nats a question at step {int(metrics['kept_step'])}")
 
 
-def leave_facts(
-    params: Params, settings: dict, run_id: str | None, fingerprint: str, name: str, metrics: dict, description: str,
-    data: list[tuple],
-) -> None:  # fmt: skip
+class TrackedRun(NamedTuple):
+    """MLflow's run of this stage: under which name, with which parameters, on which data sets (opening.data_sets)."""
+
+    tracker: Any
+    name: str
+    settings: dict
+    data: list[tuple]
+
+    def log_earlier_stages(self) -> None:
+        """What the stages before this one have measured."""
+        from stages.training.curves import earlier_metrics
+
+        if "DVC_STAGE" in os.environ:  # else they may have run with other parameters since
+            self.tracker.log_metrics(earlier_metrics(METRICS.parent))
+
+
+@contextmanager
+def tracked(params: Params, workplace, recipe: str | None, same_run: bool) -> Iterator[TrackedRun]:
+    """The run of the training in `workplace` by `recipe` (None: nothing is trained), open until the block ends.
+
+    `same_run`: as `open_run` takes it.
+    """
+    from stages.tracking.runs import environment_tags, open_run
+    from stages.training.opening import data_sets
+
+    name = os.environ.get("DVC_EXP_NAME") or f"{recipe or 'retrieval'}-{workplace.name[:6]}"
+    seconds = params.tracking.system_metrics_seconds if recipe else 0
+    tracker = open_run(
+        root_folder(), params.tracking.experiment, None, name, workplace.journal, seconds or None, same_run
+    )
+    with tracker:
+        tracker.set_tags({**environment_tags(Path.cwd()), "recipe": recipe or "none", "fingerprint": workplace.name})
+        opened = TrackedRun(tracker, name, settings_to_record(params), list(data_sets()))
+        tracker.log_params(opened.settings)
+        for data_set in opened.data:
+            tracker.log_dataset(*data_set)
+        yield opened
+        tracker.flush()
+
+
+def leave_facts(params: Params, opened: TrackedRun, fingerprint: str, metrics: dict, description: str) -> None:
     """run.json beside the model: whose it is and what it was made of, for evaluation, report and publish."""
     from stages.storage import manifest
     from stages.tracking.journal import flatten
 
     trained = {
-        "run_id": run_id, "experiment": params.tracking.experiment, "fingerprint": fingerprint, "name": name,
-        "params": flatten(settings), "metrics": metrics, "description": description,
-        "data": [{"name": one, "digest": content, **facts} for one, content, _, _, facts in data],
+        "run_id": opened.tracker.run_id, "experiment": params.tracking.experiment, "fingerprint": fingerprint,
+        "name": opened.name, "params": flatten(opened.settings), "metrics": metrics, "description": description,
+        "data": [{"name": one, "digest": content, **facts} for one, content, _, _, facts in opened.data],
     }  # fmt: skip
     manifest.write_json(MODEL / "run.json", trained)
     manifest.record(MODEL / "run.json")
 
 
-def register(params: Params, tracker, name: str, step: int, metrics: dict, description: str) -> None:
+def register(params: Params, opened: TrackedRun, step: int, metrics: dict, description: str) -> None:
     """Gives MLflow the model, with what it needs to answer unless that is too large."""
     from stages.rag.parts import parts, size_of
 
@@ -202,9 +214,9 @@ def register(params: Params, tracker, name: str, step: int, metrics: dict, descr
             f"{gigabytes:.1f} GB, more than tracking.model_gigabytes ({limit:g})"
         )
         data = weights
-    tracker.register_model(
+    opened.tracker.register_model(
         f"{recipe}-{params.recipe.checkpoints}", data, {PARAMS_FILE.name: PARAMS_FILE}, CODE, "stages.evaluation.pyfunc",
-        ["Which country is Warsaw Modlin Airport in?"], step, metrics, {"recipe": recipe, "trained_as": name},
+        ["Which country is Warsaw Modlin Airport in?"], step, metrics, {"recipe": recipe, "trained_as": opened.name},
         registered=params.tracking.experiment, alias=recipe, description=description,
         about="Models of this experiment. The alias of a recipe is the one that was trained last; to ask it: "
         f'mlflow.pyfunc.load_model("models:/{params.tracking.experiment}@{recipe}").predict(["a question"])',

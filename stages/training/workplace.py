@@ -10,7 +10,9 @@ from pathlib import Path
 from filelock import FileLock
 
 from stages.compute import ranks
+from stages.machine.entry import root_folder
 from stages.machine.signals import Interrupts
+from stages.machine.stage_params import settings_of
 from stages.params import Params
 from stages.rag.batches import Examples
 from stages.storage import leftovers
@@ -21,7 +23,7 @@ from stages.training.trainer import Trainer
 @dataclass
 class Workplace:
     name: str  # the fingerprint
-    checkpoints: Checkpoints
+    checkpoints: Checkpoints | None  # None: nothing is trained
     journal: Path  # of MLflow's records
     skipped: Path  # questions of skipped steps
     lock: FileLock | None  # rank 0's
@@ -35,23 +37,25 @@ class Workplace:
         self.lock.release()
 
 
-def take_workplace(root: Path, settings: dict, inputs: list[Path], params: Params) -> Workplace:
+def take_workplace(params: Params, inputs: list[Path], trains: bool = True) -> Workplace:
     """Finds or makes the place of exactly this training; tells what it differs in from others, where it is new.
 
-    Every rank calls it. Waits where another process trains the same.
+    Where nothing `trains` there are no checkpoints. Every rank calls it. Waits where another process trains the same.
     """
-    description = describe(settings, inputs)
+    root, description = root_folder(), describe(settings_of(params), inputs)
     name = fingerprint(description)
     ranks.wait()  # however unequally long the hosts' disks took
     ranks.check_same("fingerprint", int(name[:12], 16))
-    keep, lock = params.train.save_total_limit, None
+    folder, keep = checkpoint_folder(name), params.train.save_total_limit
+    checkpoints = lock = None
     if ranks.is_main():
         lock = leftovers.lock(root, name)
-        for line in leftovers.lines(root, name, description):
-            print(line)
-        checkpoints = Checkpoints(checkpoint_folder(name), keep, description)
+        if trains:
+            for line in leftovers.lines(root, name, description):
+                print(line)
+            checkpoints = Checkpoints(folder, keep, description)
     ranks.wait()
-    if not ranks.is_main():
-        checkpoints = Checkpoints(checkpoint_folder(name), keep)
+    if trains and not ranks.is_main():
+        checkpoints = Checkpoints(folder, keep)
     tracking = root / ".tracking"
     return Workplace(name, checkpoints, tracking / f"train-{name}.jsonl", tracking / f"skipped-{name}.json", lock)
