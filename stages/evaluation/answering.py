@@ -31,12 +31,12 @@ if TYPE_CHECKING:  # a second that one question need not wait for
 
 def answer(
     rag: Rag, examples: Examples, rows: Tensor, log_prior: Tensor, settings: Evaluate, marginal: str, progress: str,
-    asked: list[int] | None = None, reading: str = "each",
+    asked: list[int] | None = None, reading: str = "each", alone: list[int] | None = None,
 ) -> Iterator[Answer]:  # fmt: skip
     """Answers of the questions `asked` (None: all N), each from its passages `rows` [N, K] and their prior.
 
     A row of -1 is no passage, its context the question alone. With `reading` "together" all of a
-    question's are read at once, and `marginal` is not looked at.
+    question's are read at once, and `marginal` is not looked at. `alone` [N] as in `generate`.
 
     Questions are decoded settings.batch_size at once, more where they have fewer passages than usual; a batch that does
     not fit into memory in halves.
@@ -57,6 +57,7 @@ def answer(
             rag.generator, input_ids.view(shape), attention_mask.view(shape), log_prior[chosen],
             num_beams=settings.num_beams, max_answer_tokens=rag.lengths.answer_tokens,
             decoding=settings.decoding, marginalization=decoding_marginal, merge=True, joined=joined,
+            alone=alone and [alone[place] for place in chosen],
         )  # fmt: skip
 
     as_many_contexts = settings.batch_size * max(1, rag.n_docs // rows.shape[1])
@@ -99,14 +100,23 @@ def evaluate(
     found = retrieve(rag, examples, depth, settings.batch_size)
     rows = found.rows[:, : rag.n_docs]
     prior = marginalization.log_prior(found.scores[:, : rag.n_docs])
-    answers = list(answer(rag, examples, rows, prior, settings, marginal, "answer", reading=reading))
+    # Of each question's own passages the best, and its place among those read.
+    gold_rows = [max(gold, key=gold.get) if gold else -1 for gold in gold_passages]
+    places = [
+        read.index(gold) if gold >= 0 and gold in read else -1
+        for gold, read in zip(gold_rows, rows.tolist(), strict=True)
+    ]
+    answers = list(answer(rag, examples, rows, prior, settings, marginal, "answer", reading=reading, alone=places))
     seconds = time.perf_counter() - started
 
     known = [index for index, gold in enumerate(gold_passages) if gold]
     none = torch.zeros((len(examples), 1), device=device)
     closed = list(answer(rag, examples, none.long() - 1, none, settings, marginal, "closed book"))
-    oracle_rows = torch.tensor([[max(gold, key=gold.get) if gold else -1] for gold in gold_passages], device=device)
-    oracle = list(answer(rag, examples, oracle_rows, none, settings, marginal, "gold passage", known)) if known else []
+    # From a passage that was read, each of which has a search of its own, there is an answer already.
+    oracle = {index: answers[index].alone for index in known if answers[index].alone}
+    if left := [index for index in known if index not in oracle]:
+        given = torch.tensor(gold_rows, device=device)[:, None]
+        oracle |= zip(left, answer(rag, examples, given, none, settings, marginal, "gold passage", left), strict=True)
 
     found_rows = found.rows.tolist()
     by_id = [[row in gold_passages[index] for row in found_rows[index]] for index in known]
@@ -126,7 +136,7 @@ def evaluate(
         **retrieval_scores(found_rows, gold_passages, depths),
         **recalls([by_string[index] for index in answerable], depths, "answer_"),
         **recall_alone(alone),
-        **_mean_scores([answer.text for answer in oracle], [golds[index] for index in known], rules, "oracle_"),
+        **_mean_scores([oracle[index].text for index in known], [golds[index] for index in known], rules, "oracle_"),
         **_mean_scores([answer.text for answer in closed], golds, rules, "closed_book_"),
         **_mean_scores(
             [closed[index].text for index in known],
@@ -143,11 +153,10 @@ def evaluate(
         "questions_per_second": len(questions) / seconds,
     }
     flags = dict(zip(known, by_id, strict=True))
-    with_gold = dict(zip(known, oracle, strict=True))
     predictions = [
         prediction_row(
             questions[index], given, passages_of(given, prior[index], texts[index]), flags.get(index), by_string[index],
-            with_gold.get(index), closed[index], rules,
+            oracle.get(index), closed[index], rules,
         ) | {"alone": alone[index]}
         for index, given in enumerate(answers)
     ]  # fmt: skip

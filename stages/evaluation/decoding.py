@@ -35,6 +35,7 @@ class Answer:
     those read together: what each alone says to the answer, which need not add up to `log_prob`. It is -inf
     for a missing passage and, in fast decoding, for one that did not generate the answer. `finished` is False
     where the answer fills max_answer_tokens: EOS was forced and the text may be cut off.
+    `alone` is the answer from one of the passages by itself, where that was asked for.
     """
 
     text: str
@@ -42,6 +43,7 @@ class Answer:
     log_prob: float
     doc_log_probs: list[float]
     finished: bool
+    alone: "Answer | None" = None
 
 
 @torch.no_grad()
@@ -57,6 +59,7 @@ def generate(
     marginalization: str,
     merge: bool = False,
     joined: Callable[[Any], Any] | None = None,
+    alone: list[int] | None = None,
 ) -> list[Answer]:
     """The best answer to each of B questions.
 
@@ -75,6 +78,9 @@ def generate(
 
     `merge`: candidates of the same normalised text are one answer; so is each without, and each of which nothing is left
     when normalised.
+
+    `alone`: the place of a passage for each question, -1 for none. Where each passage has a beam search of its own, that
+    passage's is what decoding from it alone would make: its answer stands beside the question's.
 
     ValueError where the generator's probabilities are not finite.
     """
@@ -134,14 +140,27 @@ def generate(
             scores = {tokens: beams[question][tokens] for tokens in joint}
         else:
             scores = {tokens: _logsumexp(per_doc) for tokens, per_doc in joint.items()}
-        of_answers = _merged(scores, answer_of)
-        chosen = max(of_answers, key=of_answers.get)
-        alike = [tokens for tokens in joint if answer_of(tokens) == chosen]
-        best = max(alike, key=scores.get)
-        ids, finished = list(best[:-1]), len(best) < max_answer_tokens
-        per_doc = [_logsumexp(values) for values in zip(*(joint[tokens] for tokens in alike), strict=True)]
-        answers.append(Answer(generator.decode(ids), ids, of_answers[chosen], per_doc, finished))
+        answer = _best(generator, scores, joint, answer_of, max_answer_tokens)
+        if alone and not one_search and alone[question] >= 0:
+            own = by_question[question][alone[question]]
+            under_it = {tokens: [score] for tokens, score in own.items()}
+            answer.alone = _best(generator, own, under_it, answer_of, max_answer_tokens)
+        answers.append(answer)
     return answers
+
+
+def _best(
+    generator: Generator, scores: dict[tuple[int, ...], float], joint: dict[tuple[int, ...], list[float]],
+    answer_of: Callable, max_answer_tokens: int,
+) -> Answer:  # fmt: skip
+    """The answer whose candidates have the best `scores` together; `joint` holds each one's log p(z|x) + log p(y|x,z)."""
+    of_answers = _merged(scores, answer_of)
+    chosen = max(of_answers, key=of_answers.get)
+    alike = [tokens for tokens in joint if answer_of(tokens) == chosen]
+    best = max(alike, key=scores.get)
+    ids, finished = list(best[:-1]), len(best) < max_answer_tokens
+    per_doc = [_logsumexp(values) for values in zip(*(joint[tokens] for tokens in alike), strict=True)]
+    return Answer(generator.decode(ids), ids, of_answers[chosen], per_doc, finished)
 
 
 def _merged(scores: dict[tuple[int, ...], float], answer_of: Callable) -> dict[Hashable, float]:

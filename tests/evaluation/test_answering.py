@@ -75,6 +75,26 @@ def test_without_gold_passages_there_are_no_such_metrics_and_nothing_is_decoded_
     assert ", recall@5" in summary(named, "test") and "gold passage given: EM" in summary(named, "test")
 
 
+@pytest.mark.parametrize("decoding", ["thorough", "fast"])
+def test_the_answer_from_a_passage_that_was_read_is_the_one_that_decoding_from_it_alone_makes(decoding):
+    rag = tiny_rag()
+    settings = SETTINGS.model_copy(update={"decoding": decoding})
+    examples = rag.examples(QUESTIONS, ANSWERS)
+    found = retrieve(rag, examples, 3, 4)
+    prior, places = marginalization.log_prior(found.scores), [place % 3 for place in range(8)] + [-1]
+    answers = list(answer(rag, examples, found.rows, prior, settings, "sequence", "", alone=places))
+    given = found.rows.gather(1, torch.tensor(places).clamp(min=0)[:, None])
+    nothing = torch.zeros(len(places), 1)
+    for one, other in zip(answers[:8], answer(rag, examples, given, nothing, settings, "sequence", ""), strict=False):
+        assert one.alone.token_ids == other.token_ids and one.alone.text == other.text
+        assert one.alone.finished == other.finished
+        assert one.alone.log_prob == pytest.approx(other.log_prob, abs=1e-4)
+        assert one.alone.doc_log_probs == pytest.approx(other.doc_log_probs, abs=1e-4)
+    assert answers[8].alone is None
+    by_token = answer(rag, examples, found.rows, prior, settings, "token", "", alone=places)
+    assert not any(one.alone for one in by_token), "one search over all passages says nothing of each alone"
+
+
 def test_unanswerable_questions_alone_have_no_recall_to_tell():
     asked = ASKED.remove_columns("answers").add_column("answers", [["none"]] * 9)
     rules = Rules(unanswerable="none")
