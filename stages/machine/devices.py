@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+import time
 
 from stages.machine import launching
 from stages.params import Runtime
@@ -13,13 +14,14 @@ def prepare_torch(runtime: Runtime):
     # Read when the GPU's memory is first asked for. Without it, blocks of one batch's size do not serve the next larger.
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the name of old
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    load = Load()
     import_libraries()
     import torch
 
     if runtime.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("runtime.device: cuda, but torch finds no usable GPU; use auto or cpu")
     use_cuda = runtime.device == "cuda" or (runtime.device == "auto" and torch.cuda.is_available())
-    torch.set_num_threads(runtime.threads or free_cores())
+    torch.set_num_threads(runtime.threads or free_cores(load))
     torch.set_float32_matmul_precision("high")
     # cuDNN's attention takes about 15 ms to plan each new shape, and here nearly every batch has one.
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -72,21 +74,46 @@ def no_bars_of_transformers() -> None:
         enable_progress_bars()
 
 
-def free_cores() -> int:
+class Load:
+    """How busy others keep the cores, from when this is made to when it is read, half a second later at the earliest."""
+
+    SECONDS = 0.5
+
+    def __init__(self):
+        import psutil
+
+        psutil.cpu_percent(percpu=True)  # what it gives next begins here
+        self.started, self.own = time.perf_counter(), time.process_time()
+
+    def of_others(self) -> list[float]:
+        """Percent of each core's time; what this process took itself is counted to the busiest."""
+        import psutil
+
+        time.sleep(max(0.0, self.started + self.SECONDS - time.perf_counter()))
+        busy = psutil.cpu_percent(percpu=True)
+        own = 100 * (time.process_time() - self.own) / (time.perf_counter() - self.started)
+        for core in sorted(range(len(busy)), key=busy.__getitem__, reverse=True):
+            ours = min(own, busy[core])
+            busy[core], own = busy[core] - ours, own - ours
+        return busy
+
+
+def free_cores(load: Load | None = None) -> int:
     """Cores that nobody else is using right now, at least one; of several ranks on this host, a rank's part of them.
 
     More threads than free cores is not a little slower but several times: every barrier waits for the contended one.
+    `load` has been watching for a while; of ranks, who start together and busy each other, it watches anew.
     OMP_NUM_THREADS is an upper bound where it is set; of a list, one number a level of nesting, the first. Raises ValueError.
     """
-    import psutil
-
-    allowed = allowed_cores()
-    busy = psutil.cpu_percent(interval=0.5, percpu=True)
-    free = sum(1 for core in allowed if core >= len(busy) or busy[core] < 60)
+    allowed, ranks = allowed_cores(), launching.ranks_on_this_host()
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     if asked and not (asked.isdecimal() and int(asked)):
         raise ValueError(
             f"OMP_NUM_THREADS: {os.environ['OMP_NUM_THREADS']} is no number of threads; set one or unset it"
         )
     limit = int(asked or len(allowed))
-    return max(1, min(free // launching.ranks_on_this_host(), limit))
+    if min(limit, len(allowed) // ranks) <= 1:
+        return 1
+    busy = (load if load and ranks == 1 else Load()).of_others()
+    free = sum(1 for core in allowed if core >= len(busy) or busy[core] < 60)
+    return max(1, min(free // ranks, limit))

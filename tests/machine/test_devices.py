@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -39,6 +40,29 @@ def test_free_cores_are_at_least_one_and_bounded(monkeypatch):
     assert 1 <= devices.free_cores() <= (os.cpu_count() or 1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert devices.free_cores() == 1
+
+
+@pytest.mark.parametrize(
+    ("busy", "own", "others"),
+    [
+        ([95.0, 10.0], 0.9, [5.0, 10.0]),  # ours alone
+        ([50.0, 48.0], 0.9, [0.0, 8.0]),  # ours, now on one core and now on the other
+        ([100.0, 97.0], 1.0, [0.0, 97.0]),  # ours and another
+        ([100.0, 100.0], 2.0, [0.0, 0.0]),  # our two threads
+        ([3.0, 2.0], 0.0, [3.0, 2.0]),
+    ],
+)
+def test_what_this_process_does_meanwhile_makes_no_core_busy(monkeypatch, busy, own, others):
+    """`own`: seconds of computing in the one second watched."""
+    monkeypatch.setattr("psutil.cpu_percent", lambda percpu: list(busy))
+    load = devices.Load()
+    monkeypatch.setattr(devices, "time", SimpleNamespace(
+        sleep=lambda seconds: None, perf_counter=lambda: load.started + 1, process_time=lambda: load.own + own,
+    ))  # fmt: skip
+    assert load.of_others() == pytest.approx(others)
+    monkeypatch.setattr(devices, "allowed_cores", lambda: [0, 1])
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert devices.free_cores(load) == max(1, sum(share < 60 for share in others))
 
 
 @pytest.mark.parametrize(("asked", "most"), [("1,4", 1), ("2, 1", 2), (" 1 ", 1), ("", None)])
