@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy.stats import binom, permutation_test
+from scipy.stats import binom, binomtest, bootstrap, permutation_test
 
 from stages.reporting.statistics import (
     Bin,
@@ -26,6 +26,17 @@ def test_the_bootstrap_interval_of_a_mean_is_that_of_its_standard_error():
     assert interval(values) == found  # drawn from a seed: the same report again
 
 
+def test_intervals_are_scipys():
+    values = np.random.default_rng(5).random(83)
+    wanted = bootstrap((values,), np.mean, n_resamples=2000, batch=100, method="percentile", rng=13).confidence_interval
+    found = interval(values.tolist())
+    assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), abs=1e-12)
+    for right, count in ((0, 3), (3, 3), (1, 2), (61, 400), (399, 400)):
+        wanted = binomtest(right, count).proportion_ci(method="wilson")
+        found = proportion([True] * right + [False] * (count - right))
+        assert (found.mean, found.low, found.high) == pytest.approx((right / count, wanted.low, wanted.high), abs=1e-12)
+
+
 def test_intervals_of_few_values():
     assert interval([]) is None and proportion([]) is None
     assert interval([40.0]) == Interval(40, 40, 40, 1) and interval([1.0, 1.0]) == Interval(1, 1, 1, 2)
@@ -40,6 +51,9 @@ def test_mcnemars_exact_test_counts_the_questions_that_one_alone_answers():
     assert found.p == pytest.approx(2 * binom.cdf(2, 11, 0.5))
     assert found.difference.mean == pytest.approx(7 / 111)
     assert paired(first, first, yes_or_no=True).p == 1
+    for alone, others in ((1, 0), (3, 3), (20, 35), (700, 600)):
+        found = paired([1] * alone + [0] * others, [0] * alone + [1] * others, yes_or_no=True)
+        assert found.p == pytest.approx(binomtest(alone, alone + others).pvalue)
 
 
 def test_the_permutation_test_of_f1_is_scipys():
