@@ -4,7 +4,8 @@ A training step is some thousand small kernels; a host that takes 10 to 30 micro
 A graph is recorded once for each size and replayed from then on. Sizes are rounded up so that few occur: the tokens that
 are missing go into rows of their own, which nothing reads and whose gradient is zero.
 
-Gradients do not come back through autograd: the recorded backward pass adds them to the parameters' own `grad`.
+Gradients do not come back through autograd: the recorded backward pass adds them to the parameters' own `grad`. So no hook
+of a parameter is called; `on_gradients` is.
 """
 
 import sys
@@ -43,6 +44,8 @@ class CudaGraphs:
         self.pool = torch.cuda.graph_pool_handle()
         self.failed = False
         self.calls = 0
+        # Called when a replayed backward pass, queued by then, has added to these parameters' gradients.
+        self.on_gradients: Callable[[list[torch.nn.Parameter]], None] = lambda parameters: None
 
     def __call__(self, packed: PackedAnswers, label_smoothing: float) -> Tensor:
         """log p of each answer token, in fp32: [answers], or more columns where `log_probs` gives them."""
@@ -81,6 +84,15 @@ class CudaGraphs:
         if cleared:
             torch._foreach_zero_(cleared)
 
+    def take_gradients(self, found: tuple[Tensor | None, ...]) -> None:
+        """Chooses what the graphs will add to: of each parameter for which a gradient was `found` the very `grad`, where
+        there is one and somebody may want it to stay where it is."""
+        self.gradients = {
+            place: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            for place, (parameter, value) in enumerate(zip(self.parameters, found, strict=True))
+            if value is not None
+        }
+
     def _record(self, filled: PackedAnswers, label_smoothing: float) -> "_Graph":
         device = filled.ids.device
         random = torch.cuda.get_rng_state(device)
@@ -95,8 +107,7 @@ class CudaGraphs:
             with casting:
                 log_probs = self.log_probs(static, label_smoothing)
                 found = torch.autograd.grad(log_probs, self.computed, torch.zeros_like(log_probs), allow_unused=True)
-            used = [place for place, value in enumerate(found) if value is not None]
-            self.gradients = {place: torch.zeros_like(self.parameters[place]) for place in used}
+            self.take_gradients(found)
             del log_probs, found
             torch.cuda.empty_cache()  # to the pool that the graphs share
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
@@ -148,6 +159,7 @@ class _Replay(torch.autograd.Function):
         assert ctx.call == ctx.graphs.calls, "a later forward pass has overwritten what this backward pass needs"
         ctx.graph.gradient.copy_(gradient)
         ctx.graph.backward.replay()
+        ctx.graphs.on_gradients([ctx.graphs.parameters[place] for place in ctx.graphs.gradients])
         return None, None, None, None, None
 
 
