@@ -123,9 +123,9 @@ def not_finite(folder: Path, **settings):
 
     original = trainer.Trainer._accumulate
 
-    def poisoned(self, examples, passes, shares, divisor, window):
+    def poisoned(self, examples, passes, shares, divisor, *rest):
         bad = ranks.is_main() and self.progress.step == 1
-        original(self, examples, passes, shares, float("nan") if bad else divisor, window)
+        original(self, examples, passes, shares, float("nan") if bad else divisor, *rest)
 
     trainer.Trainer._accumulate = poisoned
     return train(folder, **settings)
@@ -165,24 +165,6 @@ def problem(passages: int):
     return torch.randn(passages, 32, generator=drawn) * 3, torch.randn(12, 32, generator=drawn)
 
 
-def sum_gradients(folder: Path, tensors: int) -> None:
-    """Many small tensors, each of which has a gradient on some ranks, on all or on none; leaves their sums."""
-    import torch
-    from safetensors.torch import save_file
-
-    from stages.compute import ranks
-
-    parameters = [torch.nn.Parameter(torch.zeros(1 + number % 3)) for number in range(tensors)]
-    for number, parameter in enumerate(parameters):
-        if number % 4 == 3 or number % 4 == 2 and ranks.is_main():
-            continue
-        parameter.grad = torch.full_like(parameter, number + 1000.0 * ranks.rank())
-    ranks.BUCKET = 100
-    ranks.sum_gradients(parameters)
-    sums = {str(number): one.grad for number, one in enumerate(parameters) if one.grad is not None}
-    save_file(sums, folder / f"sums-{ranks.rank()}.safetensors")
-
-
 def main() -> None:
     work, folder, processes, *settings = sys.argv[1:]
     settings = json.loads(settings[0]) if settings else {}
@@ -205,7 +187,9 @@ def main() -> None:
         elif work == "search":
             search(folder, **settings)
         elif work == "gradients":
-            sum_gradients(folder, **settings)
+            from tests.training import test_gradient_sums
+
+            getattr(test_gradient_sums, settings["what"])(folder)
         elif work == "mistake":
             raise_on(settings["rank"])
         else:

@@ -63,9 +63,14 @@ def rag_to_train(options: Namespace, device: torch.device) -> Rag:
         rag.work_in(torch.bfloat16)
     if rag.packed and options.compiled:
         rag.packed.compile()
+    record_graphs(rag, options, device)
+    return rag
+
+
+def record_graphs(rag: Rag, options: Namespace, device: torch.device) -> None:
+    """Graphs from here on, where they are asked for; those recorded before are forgotten."""
     if options.graphs and device.type == "cuda":
         rag.record_graphs(options.reading)
-    return rag
 
 
 def precision_of(options: Namespace, device: torch.device) -> str:

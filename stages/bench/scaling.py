@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import DPRContextEncoder
 
 from stages.bench import random_models
-from stages.bench.measuring import rag_to_train, trainer_of
+from stages.bench.measuring import rag_to_train, record_graphs, trainer_of
 from stages.bench.timing import Peak, spread, timed
 from stages.compute import ranks
 from stages.compute.exact_search import ExactSearch
@@ -31,6 +32,7 @@ from stages.rag.model import Rag
 from stages.search.passage_vectors import encode_passages
 from stages.search.sharded_search import ShardedSearch, part_of
 from stages.storage.leftovers import FOLDER
+from stages.training.gradient_sums import GradientSums
 from stages.training.throughput import synchronize
 
 VALIDATION_QUESTIONS = 64
@@ -72,7 +74,7 @@ def told(part: dict) -> dict:
 
 
 def training(options: Namespace, device: torch.device) -> dict:
-    """Steps of both effective batches through the real trainer, and what summing the gradients takes of them.
+    """Steps of both effective batches through the real trainer, and how long they wait for the sums of gradients.
 
     At the smaller batch `options.training_steps` steps, validated before and after: their order of questions is the same
     at every size, their dropout masks are not (each rank draws its own), so that the losses agree within noise. Then
@@ -86,15 +88,17 @@ def training(options: Namespace, device: torch.device) -> dict:
         rag, options, 1, options.training_steps // 2, options.training_steps, options.steps, device
     )
     losses = [point["val_loss_per_sequence"] for point in points if "val_loss_per_sequence" in point]
+    record_graphs(rag, options, device)  # they add to the first trainer's gradients
     free_memory()
     window, passes_a_step = max(1, options.steps // 2), max(1, large // small // ranks.world())
     warm_up = -(-PASSES_TO_RECORD // passes_a_step) if rag.packed and rag.packed.graphs else window
     _, of_large = trained(rag, options, large // small, warm_up, warm_up + window * options.runs, window, device)
+    record_graphs(rag, options, device)
     free_memory()
     communication = summing(rag, random_models.random_examples(rag, small), device)
     for found in (of_small, of_large):
-        share = communication["seconds_per_sum"]["median"] / found["seconds_per_step"]["median"]
-        found["communication_share"] = share if ranks.world() > 1 else 0.0
+        waited = max(0.0, communication["seconds_waited"]["median"])
+        found["communication_share"] = waited / found["seconds_per_step"]["median"]
     return {
         "by_batch": {str(small): of_small, str(large): of_large},
         "communication": communication,
@@ -124,26 +128,46 @@ def trained(
 
 
 def summing(rag: Rag, questions: Examples, device: torch.device) -> dict:
-    """Seconds of one sum of all gradients over the ranks, measured by itself after a real backward pass.
+    """Seconds of one sum of all gradients over the ranks: `seconds_per_sum` by itself, with nothing else to do on the
+    device, and `seconds_waited`, by which a forward and backward pass over all `questions` takes longer with it.
 
-    All ranks begin together with nothing else to do on the device, and the end is read when the device has finished. In
-    a step the sum comes behind the last backward pass and nothing runs beside it, so that its share of a step is
-    these seconds over the step's; what a rank waits for slower ones in a step is not counted.
+    In a step the sum is begun within the last backward pass. What a rank waits for slower ones in a step is not counted:
+    all begin together. One rank has no sum; a difference may be below zero by noise.
     """
-    # The trainer has left its autocast around the model.
-    output = rag(rag.batch(questions, ranks.share(list(range(len(questions))))), marginal="sequence")
-    (output.nll.sum() / len(questions)).backward()
-    seconds = []
+    size = sum(parameter.nbytes for parameter in rag.parameters() if parameter.requires_grad)
+    if ranks.world() == 1:
+        return {"seconds_per_sum": spread([0.0]), "seconds_waited": spread([0.0]), "gradient_gib": size / 2**30}
+    sums = GradientSums.of(rag)
+    mine = ranks.share(list(range(len(questions))))
+
+    def step(summed: bool) -> None:
+        # The trainer has left its autocast around the model.
+        loss = rag(rag.batch(questions, mine), marginal="sequence").nll.sum() / len(questions)
+        if summed:
+            sums.last_pass()
+        loss.backward()
+        if summed:
+            sums.finish()
+
+    alone, waited = [], []
     for _ in range(TIMED_SUMS + 1):
-        synchronize(device)
-        ranks.wait()
-        started = time.perf_counter()
-        ranks.sum_gradients(rag.parameters())
-        synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    size = sum(parameter.grad.nbytes for parameter in rag.parameters() if parameter.grad is not None)
-    rag.zero_grad()
-    return {"seconds_per_sum": spread(seconds[1:]), "gradient_gib": size / 2**30}
+        without, with_sum, sum_alone = (
+            seconds_of(work, device) for work in (lambda: step(False), lambda: step(True), sums.finish)
+        )
+        alone.append(sum_alone)
+        waited.append(with_sum - without)
+    sums.close()
+    return {"seconds_per_sum": spread(alone[1:]), "seconds_waited": spread(waited[1:]), "gradient_gib": size / 2**30}
+
+
+def seconds_of(work: Callable[[], None], device: torch.device) -> float:
+    """All ranks begin together; the end is read when the device has finished."""
+    synchronize(device)
+    ranks.wait()
+    started = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - started
 
 
 class TokenizedPassages:

@@ -2,11 +2,11 @@
 
 Without a launcher there is no process group and every function here does what is right for one process. Nothing is sent
 as pickled objects, only tensors. What the hosts must agree on travels over gloo, so that nobody waits for a GPU; only
-gradients travel over NCCL.
+gradients and searches in parts travel over NCCL.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -20,7 +20,6 @@ from stages.machine.signals import Interrupted
 TIMEOUT = timedelta(seconds=60)  # of a collective: a rank that hangs ends the job
 # Of `wait`: while rank 0 writes, builds or waits for another training; a rank that died is known at once here too.
 PATIENCE = timedelta(days=365)
-BUCKET = 1 << 25  # gradients sent together, 128 MiB in fp32
 NOT_OURS = {
     "ACCELERATE_USE_FSDP": "FSDP outside of stages.train",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -29,6 +28,7 @@ NOT_OURS = {
 NOBODY = 1 << 62
 
 _patient: dist.ProcessGroup | None = None
+_sums: dist.ProcessGroup | None = None  # on GPUs that of all, whose NCCL nearly nobody else uses
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def group(device: torch.device) -> Iterator[None]:
 
     Raises ValueError where the launcher asks for something that this training cannot do.
     """
-    global _patient
+    global _patient, _sums
     if not launching.launched() or int(os.environ["WORLD_SIZE"]) == 1:
         yield
         return
@@ -47,6 +47,7 @@ def group(device: torch.device) -> Iterator[None]:
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None
     )
     _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    _sums = None if on_gpu else dist.new_group(backend="gloo", timeout=TIMEOUT)
     try:
         yield
     except Interrupted:
@@ -57,9 +58,9 @@ def group(device: torch.device) -> Iterator[None]:
 
 
 def _leave() -> None:
-    global _patient
+    global _patient, _sums
     wait()
-    _patient = None
+    _patient = _sums = None
     dist.destroy_process_group()
 
 
@@ -138,40 +139,14 @@ def check_same(what: str, number: float) -> None:
         )
 
 
-def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replaces every gradient by its sum over the ranks; the same bits on each of them.
+def begin_sum(values: Tensor) -> dist.Work:
+    """Begins to replace `values` by their sum over the ranks, the same bits on each of them; `wait` of what it returns ends
+    that, on a GPU for what is queued behind it.
 
-    A rank without questions takes part with zeros. A parameter that has no gradient anywhere gets none: zeros would let
-    the weight decay act on it.
+    All ranks begin their sums in the same order. On CPUs exchanges of other kinds may come between them on some ranks
+    alone, on GPUs only those that travel over gloo.
     """
-    if world() == 1:
-        return
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    nowhere = least([int(parameter.grad is None) for parameter in trained])
-    for bucket in _buckets([one for one, absent in zip(trained, nowhere, strict=True) if not absent]):
-        for parameter in bucket:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([parameter.grad.reshape(-1) for parameter in bucket])
-        dist.all_reduce(flat)
-        parts = flat.split([parameter.numel() for parameter in bucket])
-        for parameter, part in zip(bucket, parts, strict=True):
-            parameter.grad.copy_(part.view_as(parameter))
-
-
-def _buckets(parameters: list[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
-    """The parameters in their order, cut where a bucket is full or the type changes."""
-    bucket: list[torch.nn.Parameter] = []
-    held = 0
-    for parameter in parameters:
-        full = held + parameter.numel() > BUCKET
-        if bucket and (full or parameter.dtype != bucket[0].dtype):
-            yield bucket
-            bucket, held = [], 0
-        bucket.append(parameter)
-        held += parameter.numel()
-    if bucket:
-        yield bucket
+    return dist.all_reduce(values, group=_sums, async_op=True)
 
 
 def _reduced(values: Tensor, how: dist.ReduceOp) -> Tensor:

@@ -25,6 +25,7 @@ from stages.storage import checkpoints as checkpointing
 from stages.storage.checkpoints import Checkpoints
 from stages.training import fsdp
 from stages.training.checkpointing import Keeper
+from stages.training.gradient_sums import GradientSums
 from stages.training.index_refresh import Refresh
 from stages.training.optimizer import clipped_norms, make_optimizer, make_schedule
 from stages.training.progress import Progress, Window
@@ -54,6 +55,9 @@ class Trainer:
         self.model = self.accelerator.prepare_model(rag, device_placement=False, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare_optimizer(make_optimizer(rag, settings))
         self.schedule = make_schedule(self.optimizer.optimizer, settings)
+        # A sharded model's gradients are sums already.
+        self.sums = GradientSums.of(rag) if ranks.world() > 1 and not self.sharded else None
+        self.met = False  # whether no rank searches any more in the present update
         self.progress = Progress()
         self.refresh = Refresh(rag, settings.index_refresh_steps, settings.max_steps)
         self.skips = skips or Skips(settings.max_skipped_steps)
@@ -85,6 +89,8 @@ class Trainer:
             with fsdp.memory_errors(self.rag):
                 self._run(training, validation, on_point, asked_to_stop)
         finally:
+            if self.sums:
+                self.sums.close()
             self.refresh.close()
             self.keeper.close()
 
@@ -176,16 +182,14 @@ class Trainer:
             self.progress.questions_seen += update.questions
             if update.applied:
                 break
-            self.optimizer.zero_grad()
-        if not self.sharded:  # a sharded model's are sums already
-            ranks.sum_gradients(self.rag.parameters())
+            self._zero_grad()
         self.accelerator.unscale_gradients()
         norms = clipped_norms(self.rag, self.settings.max_grad_norm)
         self._step_if_finite(update.rows, norms["gradient_norm"])
         self.rag.weights_changed()
         if not self.accelerator.optimizer_step_was_skipped:  # fp16's loss scaling drops steps that overflow
             self.schedule.step()
-        self.optimizer.zero_grad()
+        self._zero_grad()
         window.waits.open()  # again: the optimizer's work is no waiting
         self.progress.step += 1
         window.steps += 1
@@ -197,8 +201,9 @@ class Trainer:
     def _accumulate_all(self, training: Examples, update: Update, window: Window) -> None:
         """The gradients of an update; where memory runs out, anew from zero in forward passes of half the size.
 
-        Of a rank's share only; where one rank runs out of memory, all of them begin anew, or end where it had no room for a
-        single question. With FSDP none begins anew, and who has fewer passes makes further ones that weigh nothing.
+        Of a rank's share, and then the sums over the ranks; where one rank runs out of memory, all of them begin anew, or end
+        where it had no room for a single question. With FSDP none begins anew, and who has fewer passes makes further ones
+        that weigh nothing.
         """
         before, random = window.state(), checkpointing.random_state()
         drawn = self.settings.answers == "drawn"
@@ -206,12 +211,13 @@ class Trainer:
         while True:
             passes, groups = [], []
             failed = size = ranks.NOBODY
+            self.met = False
             try:
                 passes = split(self._share(update), self.progress.micro_batch)
                 missing = fsdp.missing_passes(self.rag, len(passes))
                 groups = self._together(passes)
                 for group in groups:
-                    self._accumulate(training, group, shares, update.divisor, window)
+                    self._accumulate(training, group, shares, update.divisor, window, group is groups[-1])
                 for _ in range(missing):
                     self._accumulate(training, [update.rows[:1]], shares, math.inf, self._window())
             except (RuntimeError, MemoryError) as error:
@@ -220,17 +226,28 @@ class Trainer:
                 failed = max(map(len, passes))
                 # A single question may fit where others' vectors are not kept beside it.
                 size = halved(failed) if failed > 1 or len(groups) == len(passes) else 1
-            self.rag.index.finish_searches()
+            self._meet()
+            if self.sums:  # who failed takes part: others may have begun
+                self.sums.finish()
             failed, size = ranks.least([failed, size])
             if size == ranks.NOBODY:
                 return
             if not size:
                 raise SingleQuestion
-            self.optimizer.zero_grad()
+            self._zero_grad()
             free_memory()
             window.restore(before, self.accelerator.device)
             checkpointing.set_random_state(random)
             self._note_halving(failed, size)
+
+    def _meet(self) -> None:
+        """Once an update, behind its last search: no rank has any more from here on."""
+        if not self.met:
+            self.rag.index.finish_searches()
+        self.met = True
+
+    def _zero_grad(self) -> None:
+        (self.sums.zero if self.sums else self.optimizer.zero_grad)()
 
     def _share(self, update: Update) -> list[list[int]]:
         """The forward passes of this rank: a share of the update's questions, batch_size together."""
@@ -263,9 +280,10 @@ class Trainer:
         return [passes[first : first + size] for first in range(0, len(passes), size)]
 
     def _accumulate(
-        self, training: Examples, passes: list[list[int]], shares: torch.Tensor | None, divisor: float, window: Window
-    ) -> None:
-        """Adds the gradients of these forward passes, of which all but one want `finds_ahead`."""
+        self, training: Examples, passes: list[list[int]], shares: torch.Tensor | None, divisor: float, window: Window,
+        last: bool = False,
+    ) -> None:  # fmt: skip
+        """Adds the gradients of these forward passes, of which all but one want `finds_ahead`; `last` of the update."""
         if window.waits.opened is None:
             window.waits.open()
         batch = self.rag.batch(training, [row for rows in passes for row in rows], shares)
@@ -289,6 +307,9 @@ class Trainer:
                 loss = loss + output.retriever_loss.sum()
             if output.gold_nll is not None:
                 loss = loss + self.settings.positives_weight * output.gold_nll.sum()
+            if self.sums and last and part is parts[-1][0]:
+                self._meet()  # on GPUs searches and sums share NCCL, where every rank must have them in the same order
+                self.sums.last_pass()
             self.accelerator.backward(loss / divisor)
             window.add(part, output)
         reached = [(before, cut.grad) for before, cut in ends if cut.grad is not None]

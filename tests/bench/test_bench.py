@@ -162,7 +162,12 @@ def test_scaling_over_two_processes(tmp_path):
             figures = size["training"]["by_batch"][batch]
             assert figures["questions_per_second"] == pytest.approx(int(batch) / figures["seconds_per_step"]["median"])
         assert one["training"]["by_batch"][batch]["communication_share"] == 0
-        assert two["training"]["by_batch"][batch]["communication_share"] > 0
+        figures = two["training"]["by_batch"][batch]
+        waited = max(0, two["training"]["communication"]["seconds_waited"]["median"])
+        assert figures["communication_share"] == pytest.approx(waited / figures["seconds_per_step"]["median"])
+    sums = [size["training"]["communication"] for size in (one, two)]
+    assert sums[0]["gradient_gib"] == sums[1]["gradient_gib"] > 0 and sums[0]["seconds_per_sum"]["worst"] == 0
+    assert sums[1]["seconds_per_sum"]["best"] > 0
     # Without dropout the same update, however many share it.
     losses = [size["training"]["validation_loss"] for size in (one, two)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4) and losses[0]["after"] < losses[0]["before"]

@@ -120,38 +120,6 @@ def test_what_shards_the_model_in_another_way_or_another_stage_is_refused(monkey
         ranks.refuse_other_schemes()
 
 
-def test_gradients_travel_in_buckets_of_one_type(monkeypatch):
-    monkeypatch.setattr(ranks, "BUCKET", 10)
-    sizes, types = (4, 6, 1, 30, 2, 2), [torch.float32] * 5 + [torch.bfloat16]
-    parameters = [torch.nn.Parameter(torch.zeros(n, dtype=t)) for n, t in zip(sizes, types, strict=True)]
-    assert [[one.numel() for one in bucket] for bucket in ranks._buckets(parameters)] == [[4, 6], [1], [30], [2], [2]]
-
-
-def test_buckets_of_many_small_tensors_are_cut_in_one_pass():
-    asked = []
-
-    class Small:
-        dtype = torch.float32
-
-        def numel(self):
-            asked.append(self)
-            return 10
-
-    small = [Small() for _ in range(3000)]
-    assert list(ranks._buckets(small)) == [small]
-    assert len(asked) <= 2 * len(small)
-
-
-@pytest.mark.slow
-def test_the_sum_of_many_small_gradients_over_two_ranks(tmp_path):
-    done(start("gradients", tmp_path, 2, tensors=3000))
-    first, second = (load_file(tmp_path / f"sums-{rank}.safetensors") for rank in range(2))
-    assert first.keys() == second.keys() == {str(number) for number in range(3000) if number % 4 != 3}
-    for number in map(int, first):
-        sums = torch.full((1 + number % 3,), 2.0 * number + 1000 if number % 4 < 2 else number + 1000.0)
-        assert torch.equal(first[str(number)], sums) and torch.equal(second[str(number)], sums)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "batch_size", "questions"), [(2, 4, 8), (4, 2, 8), (2, 1, 1)])
 def test_however_many_ranks_share_an_update_it_is_the_same(tmp_path, number, batch_size, questions):
