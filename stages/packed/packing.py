@@ -149,7 +149,8 @@ def attention(
     """Softmax attention of packed [tokens, heads, d] queries, each over the keys of the row of the same number.
 
     Keys and values may have fewer heads, each shared by as many neighbouring ones of the queries. `scale` None is
-    1 / sqrt(d). With a `window`, which wants `causal`, a query sees its own position and the window - 1 before it.
+    1 / sqrt(d). Where it is `causal` the queries of a row are the last of its keys' positions, and see none behind their own;
+    with a `window`, which wants that, their own and the window - 1 before it.
     """
     query, key, value = in_autocast_dtype(query, key, value)
     if query.is_cuda and query.dtype in HALF and has_flash():
@@ -202,10 +203,13 @@ def _has_flash() -> bool:
 
 def _mask(asking: Packing, asked: Packing, causal: bool, window: int | None) -> Tensor:
     """Which keys [R, 1, 1 or queries, keys] the queries of each padded row see."""
-    lengths = asked.offsets[1:] - asked.offsets[:-1]
+    lengths, asks = (packing.offsets[1:] - packing.offsets[:-1] for packing in (asked, asking))
     column = torch.arange(asked.width, device=lengths.device)
     mask = (column < lengths[:, None])[:, None, None]
     if causal:
-        seen = torch.ones(asking.width, asked.width, dtype=torch.bool, device=lengths.device).tril()
-        mask = mask & (seen if window is None else seen.triu(1 - window))
+        # As FlashAttention has it since 2.1.
+        place = torch.arange(asking.width, device=lengths.device)[:, None] + (lengths - asks)[:, None, None, None]
+        mask = mask & (column <= place)
+        if window is not None:
+            mask = mask & (column > place - window)
     return mask
