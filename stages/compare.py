@@ -85,9 +85,9 @@ def ablate(steps: int, questions: int | None, seeds: int, jobs: int) -> None:
     """Every switch of the old recipe alone in the new one, `new` and `old` whole, all at the same number of questions."""
     params = load_params()
     new, old = params.recipes["new"], params.recipes["old"]
-    if new.reading == "together":
+    if new.reading != "each":
         raise ValueError(
-            "recipes.new.reading: together has no marginal to put the old mistake in; use each for the ablation"
+            f"recipes.new.reading: {new.reading} has no marginal to put the old mistake in; use each for the ablation"
         )
     check_answers(params.evaluate.split)
     variants: dict[str, list[str]] = {"new": []}

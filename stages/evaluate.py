@@ -86,7 +86,7 @@ def main() -> None:
         tracker.set_tags({**verdicts.tags, **flatten({"evaluate": {**settings.model_dump(), **facts}})})
         tracker.log_text(verdicts.text, "signs-evaluate.txt")
         tracker.describe(f"{evaluation_text(metrics, settings.split, verdicts)}\n\n{trained['description']}")
-        way = settings.decoding if params.recipe.reading == "each" else "together"
+        way = settings.decoding if params.recipe.reading == "each" else params.recipe.reading
         name = f"{settings.split}: {way}, {settings.num_beams} beams" if answered else settings.split
         # The same answers under the same settings are the same evaluation, however often a killed command was repeated.
         key = f"{settings.split}-{way}-{settings.num_beams}-{digest(PREDICTIONS / 'predictions.jsonl')}"

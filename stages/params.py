@@ -261,7 +261,7 @@ class Train(Section):
 
 
 class Recipe(Section):
-    reading: Literal["each", "together"]
+    reading: Literal["each", "together", "parallel"]
     marginalization: Literal["sequence", "token", "average"]
     accumulation: Literal["across_batches", "within_batch"]
     batching: Literal["true_batches", "one_at_a_time"]
@@ -368,13 +368,13 @@ class Params(Section):
                 )
         elif recipe.retriever_gradient == "exact":
             raise ValueError(
-                f"{where}.retriever_gradient: exact is the marginal's, which {where}.reading: together does not have; use "
-                "emdr2, perplexity_distillation or none"
+                f"{where}.retriever_gradient: exact is the marginal's, which {where}.reading: {recipe.reading} does not have; "
+                "use emdr2, perplexity_distillation or none"
             )
         elif recipe.marginalization != "sequence":
             raise ValueError(
                 f"{where}.marginalization: {recipe.marginalization} is of answers under single passages; with {where}.reading: "
-                "together, use sequence"
+                f"{recipe.reading}, use sequence"
             )
         return self
 

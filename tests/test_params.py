@@ -158,8 +158,9 @@ def test_fewer_hits_than_hard_negatives_are_refused(tmp_path):
         ("new", {"retriever_gradient": "emdr2"}, "recipes.new.retriever_gradient: emdr2 is a loss.*use exact"),
         ("new", {"reading": "together", "retriever_gradient": "emdr2", "marginalization": "token"},
          "recipes.new.marginalization: token.*use sequence"),
+        ("new", {"reading": "parallel"}, "recipes.new.retriever_gradient: exact .*reading: parallel does not have"),
         ("old", {"reading": "together"}, "recipes.old.marginalization: average.*use sequence"),
-        ("new", {"reading": "all"}, "recipes.new.reading:.*'each' or 'together'.*'all'"),
+        ("new", {"reading": "all"}, "recipes.new.reading:.*'each', 'together' or 'parallel'.*'all'"),
     ],
 )  # fmt: skip
 def test_switches_without_a_meaning_together_are_one_line(tmp_path, recipe, changes, says):

@@ -19,8 +19,10 @@ THEIR_CONTEXT_TOKENS = 300  # transformers' retriever pads every context to max_
 def check_counterpart(options: Namespace) -> None:
     if options.against and not random_models.GENERATORS[options.shapes].is_encoder_decoder:
         raise ValueError("--against transformers: its RAG classes take no decoder-only generator")
-    if options.against and options.reading == "together":
-        raise ValueError("--against transformers: its RAG classes read each passage; leave out --reading together")
+    if options.against and options.reading != "each":
+        raise ValueError(
+            f"--against transformers: its RAG classes read each passage; leave out --reading {options.reading}"
+        )
 
 
 def their_model(rag: Rag, n_docs: int) -> RagSequenceForGeneration:

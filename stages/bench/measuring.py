@@ -24,6 +24,7 @@ from stages.evaluation.decoding import generate
 from stages.generation import marginalization
 from stages.params import Recipe, Train
 from stages.rag.model import Rag
+from stages.rag.opening import check_reading
 from stages.rag.together import joint_contexts
 from stages.training.throughput import matrix_rate, synchronize
 from stages.training.trainer import Trainer
@@ -58,7 +59,7 @@ def bench_train(options: Namespace, device: torch.device) -> dict:
 
 def rag_to_train(options: Namespace, device: torch.device) -> Rag:
     """Random weights of the chosen shapes over random passages, compiled if that is asked for."""
-    rag = random_models.random_rag(options.shapes, options.passages[0], options.n_docs, device)
+    rag = rag_of(options, device)
     if options.bf16_copy and precision_of(options, device) == "bf16":
         rag.work_in(torch.bfloat16)
     if rag.packed and options.compiled:
@@ -71,6 +72,13 @@ def record_graphs(rag: Rag, options: Namespace, device: torch.device) -> None:
     """Graphs from here on, where they are asked for; those recorded before are forgotten."""
     if options.graphs and device.type == "cuda":
         rag.record_graphs(options.reading)
+
+
+def rag_of(options: Namespace, device: torch.device) -> Rag:
+    """Random weights of the chosen shapes over random passages. ValueError for a generator that cannot read as asked."""
+    rag = random_models.random_rag(options.shapes, options.passages[0], options.n_docs, device)
+    check_reading(rag.generator, options.reading)
+    return rag
 
 
 def precision_of(options: Namespace, device: torch.device) -> str:
@@ -91,11 +99,11 @@ def trainer_of(
     rag: Rag, options: Namespace, batch_size: int, accumulation: int, steps: int, logging_steps: int, device: torch.device
 ) -> Trainer:  # fmt: skip
     """The real trainer under the chosen recipe; it validates before the first of `steps` and behind the last."""
-    if options.recipe == "old" and options.reading == "together":
+    if options.recipe == "old" and options.reading != "each":
         raise ValueError(
-            "--reading together: the old recipe averages over passages read each; leave out one of the two"
+            f"--reading {options.reading}: the old recipe averages over passages read each; leave out one of the two"
         )
-    together = {"reading": "together", "retriever_gradient": "emdr2"} if options.reading == "together" else {}
+    together = {"reading": options.reading, "retriever_gradient": "emdr2"} if options.reading != "each" else {}
     recipe = Recipe(**(OLD if options.recipe == "old" else NEW | together | {"precision": options.precision}))
     if options.recipe == "old":
         batch_size = accumulation = batch_size * accumulation
@@ -204,7 +212,7 @@ def bench_decode(options: Namespace, device: torch.device) -> dict:
     which is the most work there is.
     """
     check_counterpart(options)
-    rag = random_models.random_rag(options.shapes, options.passages[0], options.n_docs, device)
+    rag = rag_of(options, device)
     rag.eval()
     rag.generator_model.to(generator_dtype(options.precision, device))
     batch_size = int(options.batch.split("x")[0])
@@ -218,7 +226,9 @@ def bench_decode(options: Namespace, device: torch.device) -> dict:
             rag.generator, input_ids.view(batch_size, options.n_docs, -1), mask.view(batch_size, options.n_docs, -1),
             marginalization.log_prior(scores), num_beams=options.num_beams, max_answer_tokens=options.answer_tokens,
             decoding="thorough", marginalization="sequence",
-            joined=partial(joint_contexts, rag, batch, rows) if options.reading == "together" else None,
+            joined=None if options.reading == "each" else partial(
+                joint_contexts, rag, batch, rows, parallel=options.reading == "parallel"
+            ),
         )  # fmt: skip
 
     peak = Peak(device)

@@ -35,7 +35,7 @@ def answer(
 ) -> Iterator[Answer]:  # fmt: skip
     """Answers of the questions `asked` (None: all N), each from its passages `rows` [N, K] and their prior.
 
-    A row of -1 is no passage, its context the question alone. With `reading` "together" all of a
+    A row of -1 is no passage, its context the question alone. With `reading` "together" or "parallel" all of a
     question's are read at once, and `marginal` is not looked at. `alone` [N] as in `generate`.
 
     Questions are decoded settings.batch_size at once, more where they have fewer passages than usual; a batch that does
@@ -51,8 +51,9 @@ def answer(
         input_ids, attention_mask = rag.contexts(batch, rows[chosen])
         shape = (len(chosen), rows.shape[1], -1)
         # A single passage read together is that passage alone.
-        together = reading == "together" and rows.shape[1] > 1
-        joined = partial(joint_contexts, rag, batch, rows[chosen]) if together else None
+        together = reading != "each" and rows.shape[1] > 1
+        parallel = reading == "parallel"
+        joined = partial(joint_contexts, rag, batch, rows[chosen], parallel=parallel) if together else None
         return generate(
             rag.generator, input_ids.view(shape), attention_mask.view(shape), log_prior[chosen],
             num_beams=settings.num_beams, max_answer_tokens=rag.lengths.answer_tokens,

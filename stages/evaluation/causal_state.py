@@ -32,11 +32,17 @@ class CausalState:
         place = torch.arange(width, device=length.device) - (width - length)
         ids = contexts.ids.gather(1, place.clamp(min=0)).masked_fill(place < 0, generator.pad_token_id)
         mask = (place >= 0).long()
+        seen, positions = mask, place.clamp(min=0)
+        if contexts.blocks:
+            blocks = contexts.blocks.columns(positions)
+            # Padding sees itself: attention over nothing may be NaN, and stays in the cache.
+            itself = torch.eye(width, dtype=torch.bool, device=mask.device)
+            seen, positions = (blocks.seen() & (place >= 0)[:, None, None]) | itself, blocks.positions
         last = torch.full_like(length, width - 1)
         output = generator.forward(
-            last, input_ids=ids, attention_mask=mask, use_cache=True, **_placed(generator, place.clamp(min=0))
+            last, input_ids=ids, attention_mask=seen, use_cache=True, **_placed(generator, positions)
         )
-        return cls(generator, left_in(output), mask, length.squeeze(1), width, output.logits[:, 0])
+        return cls(generator, left_in(output), mask, positions[:, -1] + 1, width, output.logits[:, 0])
 
     def first(self) -> Tensor:
         """log p of the answer's first token, fp32 [R, V]."""

@@ -4,6 +4,8 @@ Prompts are read without padding. Their keys and values are made once and never 
 prompt ask it together. What the hypotheses have written lies in one tensor for all layers, so that beams change places
 by one operation. The library's way (transformers.models.llama.modeling_llama) gives the same logits; it pads prompts,
 copies them for every beam and takes several times as long between the kernels.
+
+Passages read in parallel (generation/blocks.py) make one prompt too: what is written sees all of it, at the positions behind.
 """
 
 from collections.abc import Callable
@@ -13,8 +15,9 @@ import torch.nn.functional as F
 from torch import LongTensor, Tensor, nn
 
 from stages.evaluation.shared_contexts import SharedContexts, attend_before, merged
+from stages.generation.blocks import PackedBlocks, causal_attention
 from stages.generation.causal import Causal, Prompts
-from stages.packed.packing import Packing, attention
+from stages.packed.packing import Packing
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROOM = 8  # tokens that a hypothesis has room for at first; doubled where it gets longer
@@ -25,10 +28,10 @@ class LlamaState:
 
     shares_contexts = True
 
-    def __init__(self, layers: "Layers", contexts: SharedContexts, own: Tensor, states: Tensor):
+    def __init__(self, layers: "Layers", contexts: SharedContexts, own: Tensor, states: Tensor, starts: Tensor):
         """`own` [layers, 2, R, heads, room, d]: keys and values of the `fed` tokens so far; `states` [R, H] of the prompts'
-        last tokens."""
-        self.layers, self.contexts, self.own, self.states = layers, contexts, own, states
+        last tokens; `starts` [R] the positions behind these."""
+        self.layers, self.contexts, self.own, self.states, self.starts = layers, contexts, own, states, starts
         self.fed = 0
 
     @staticmethod
@@ -48,18 +51,19 @@ class LlamaState:
     def of(cls, generator: Causal, prompts: Prompts) -> "LlamaState":
         """Reads the prompts, once; a hypothesis stands on each."""
         layers, packing = Layers(generator.model), Packing.of(prompts.mask)
+        asking = PackedBlocks.of(prompts.blocks, prompts.mask) if prompts.blocks else packing
         read = []
 
         def mix(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
             # Contiguous: as parts of one projection they would keep the queries in memory.
             read.append((key.contiguous(), value.contiguous()))
-            return attention(query, *read[-1], packing, packing, 0.0, causal=True, scale=scale)
+            return causal_attention(query, *read[-1], asking, scale=scale)
 
-        states = layers.states(packing.pack(prompts.ids), packing.positions, mix)
-        states = states[packing.offsets[1:].long() - 1]
+        states = layers.states(packing.pack(prompts.ids), asking.positions, mix)
+        last = packing.offsets[1:].long() - 1
         key = read[0][0]
         own = key.new_empty(len(read), 2, packing.rows, key.shape[1], ROOM, key.shape[2])
-        return cls(layers, SharedContexts.of(read, packing), own, states)
+        return cls(layers, SharedContexts.of(read, packing), own, states[last], asking.positions[last] + 1)
 
     def first(self) -> Tensor:
         """log p of the answer's first token, fp32 [R, V]."""
@@ -72,7 +76,7 @@ class LlamaState:
         while self.own.shape[4] < end:
             self.own = F.pad(self.own, (0, 0, 0, self.own.shape[4]))
         places = torch.arange(self.fed, end, device=tokens.device)
-        positions = self.contexts.lengths[self.contexts.hypotheses.context][:, None] + places
+        positions = self.starts[:, None] + places
         layers = iter(range(len(self.own)))
 
         def mix(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -94,7 +98,8 @@ class LlamaState:
 
     def fork(self, rows: LongTensor) -> "LlamaState":
         """A new state of the given rows, also repeated ones; the old one stays as it is. Both have the same prompts."""
-        new = LlamaState(self.layers, self.contexts.under(rows), self.own.index_select(2, rows), self.states[rows])
+        kept = self.own.index_select(2, rows), self.states[rows], self.starts[rows]
+        new = LlamaState(self.layers, self.contexts.under(rows), *kept)
         new.fed = self.fed
         return new
 

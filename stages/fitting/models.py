@@ -13,7 +13,7 @@ from stages.encoders.loading import check_pair, load_encoder
 from stages.generation.generator import load_generator
 from stages.generation.lora import add_lora, check_base
 from stages.params import Models, Params
-from stages.rag.opening import check_lengths
+from stages.rag.opening import check_lengths, check_reading
 from stages.search.adopted_index import check_header
 from stages.search.index_kinds import empty_index, set_search_parameters
 from stages.search.own_vectors import open_own
@@ -45,6 +45,7 @@ def check(params: Params) -> None:
         reranker.passage_room(lengths.question_tokens, lengths.passage_tokens)
     base = str(find(part_of(models.generator, "generator")))
     generator = load_generator(base, models.chat_template, weights=False)
+    check_reading(generator, params.recipe.reading)
     check_lengths(generator, lengths, params.retriever.n_docs if params.recipe.reading == "together" else 1)
     if models.lora:
         add_lora(generator.model, models.lora)

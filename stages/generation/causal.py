@@ -2,7 +2,8 @@
 
 The context is a prompt and the answer its continuation: `title / text`, `Question: ...`, `Answer:` on a line each, then
 " answer" and EOS. Where several passages are read together they stand in one prompt in the order of the prior, an empty
-line between them, and positions count through. Prompt tokens are read, never scored. The interface is described in generator.py.
+line between them, and positions count through; read in parallel, as blocks.py says. Prompt tokens are read, never scored.
+The interface is described in generator.py.
 """
 
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch
 from jinja2 import TemplateError
 from torch import BoolTensor, LongTensor, Tensor
 
+from stages.generation.blocks import Blocks
 from stages.generation.tokenizer import decoded, padded_targets, token_rows
 from stages.generation.vocabulary import logits_behind
 
@@ -21,18 +23,23 @@ CHAT_FLAG = "rag_chat_template"  # in the model's config.json, so that a checkpo
 
 @dataclass
 class Prompts:
-    """R contexts as they are read: `ids` and `mask` [R, L], padded on the right."""
+    """R contexts as they are read: `ids` and `mask` [R, L], padded on the right; with `blocks` no passage sees another."""
 
     ids: Tensor
     mask: Tensor
+    blocks: Blocks | None = None
 
     def repeat(self, times: int) -> "Prompts":
         """Every row `times` times, copies side by side."""
-        return Prompts(self.ids.repeat_interleave(times, 0), self.mask.repeat_interleave(times, 0))
+        return Prompts(
+            self.ids.repeat_interleave(times, 0),
+            self.mask.repeat_interleave(times, 0),
+            self.blocks and self.blocks.repeat(times),
+        )
 
     def select(self, rows: LongTensor) -> "Prompts":
         """The given rows in the given order; a row may come more than once."""
-        return Prompts(self.ids[rows], self.mask[rows])
+        return Prompts(self.ids[rows], self.mask[rows], self.blocks and self.blocks.select(rows))
 
 
 @dataclass
@@ -79,16 +86,16 @@ class Causal:
         """Teacher-forced logits [R, T, V] in the model's dtype; position t predicts `targets[:, t]`.
 
         One pass over prompts and answers. An answer follows its prompt directly and padding stands on the right, where
-        a causal model sees it from no real position: no mask is needed. Only positions that predict an answer token
-        reach the vocabulary.
+        a causal model sees it from no real position: no mask is needed, but for blocks. Only positions that predict an
+        answer token reach the vocabulary.
         """
-        ids, predicting = self._fed(contexts, targets)
-        return self.forward(predicting, input_ids=ids, use_cache=False).logits
+        fed, predicting = self._fed(contexts, targets)
+        return self.forward(predicting, **fed, use_cache=False).logits
 
     def states(self, contexts: Prompts, targets: Tensor) -> Tensor:
         """The decoder's states [R, T, H] at the positions that predict `targets`; `logits_behind` makes logits of them."""
-        ids, predicting = self._fed(contexts, targets)
-        states = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        fed, predicting = self._fed(contexts, targets)
+        states = self.model.get_decoder()(**fed, use_cache=False).last_hidden_state
         return states.gather(1, predicting[..., None].expand(-1, -1, states.shape[-1]))
 
     def logits_behind(self, states: Tensor) -> Tensor:
@@ -96,16 +103,22 @@ class Causal:
         unused = torch.zeros((1, len(states)), dtype=torch.long, device=states.device)
         return logits_behind(self.model, states, input_ids=unused)
 
-    def _fed(self, contexts: Prompts, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Prompts with their answers [R, L + T - 1] and the positions [R, T] that predict the answers."""
+    def _fed(self, contexts: Prompts, targets: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Prompts with their answers [R, L + T - 1], as the model takes them, and the places [R, T] that predict the answers."""
         lengths = contexts.mask.sum(1, keepdim=True)
         fed = targets.shape[1] - 1  # the last token is predicted, not read
         ids = torch.nn.functional.pad(contexts.ids, (0, fed), value=self.pad_token_id)
+        place = torch.arange(ids.shape[1], device=ids.device) - lengths
         if fed:
-            place = torch.arange(ids.shape[1], device=ids.device) - lengths
             answers = targets.gather(1, place.clamp(0, fed - 1))
             ids = torch.where((place >= 0) & (place < fed), answers, ids)
-        return ids, lengths - 1 + torch.arange(targets.shape[1], device=ids.device)
+        given = {"input_ids": ids}
+        if contexts.blocks:
+            blocks = contexts.blocks.longer(fed)
+            # Padding may stand behind the last position that the model has.
+            positions = blocks.positions.masked_fill(place >= fed, 0)
+            given |= {"attention_mask": blocks.seen(), "position_ids": positions}
+        return given, lengths - 1 + torch.arange(targets.shape[1], device=ids.device)
 
     def forward(self, predicting: Tensor | None, **inputs):
         """The whole model, so that a family's scalings and caps stay the library's, with a head that sees only the

@@ -4,12 +4,15 @@ A context is `prefix passage question suffix` (transformers' RAG layout, "title 
 longer than the limit the passage is cut, never the question. Read together, several passages stand in one context, one
 after the other with a separator between them, and the question stands once, behind them. No text is decoded or encoded
 here: the training loop gathers token ids.
+
+Read in parallel (blocks.py), they stand so without a separator, and beside the ids is said which token is of which passage.
 """
 
 import torch
 from torch import Tensor
 
 from stages.corpus.token_store import TokenStore
+from stages.generation.blocks import Blocks
 
 
 def assemble_contexts(
@@ -57,6 +60,30 @@ def assemble_together(
     question in a context of `limit` tokens. So L is at most K x limit, as long as the question is no shorter than the
     separator. The other arguments are as there; one passage gives its context.
     """
+    return _assembled(passages, rows, questions, question_lengths, limit, prefix, separator, suffix, pad, width)[:2]
+
+
+def assemble_blocks(
+    passages: TokenStore,
+    rows: Tensor,
+    questions: Tensor,
+    question_lengths: Tensor,
+    *,
+    limit: int,
+    prefix: list[int],
+    suffix: list[int],
+    pad: int,
+) -> tuple[Tensor, Tensor, Blocks]:
+    """`assemble_together` without a separator and, beside ids and mask, the blocks that its passages are."""
+    ids, mask, ends = _assembled(passages, rows, questions, question_lengths, limit, prefix, [], suffix, pad)
+    return ids, mask, Blocks.of(ends, len(prefix), ids.shape[1])
+
+
+def _assembled(
+    passages: TokenStore, rows: Tensor, questions: Tensor, question_lengths: Tensor, limit: int, prefix: list[int],
+    separator: list[int], suffix: list[int], pad: int, width: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Ids and mask [B, L], and the columns [B, K] behind which the passages end."""
     device = rows.device
     assert questions.shape[1] + len(prefix) + len(suffix) <= limit, "the question alone is longer than a context"
     held, there = rows.clamp(min=0), rows >= 0
@@ -90,4 +117,4 @@ def assemble_together(
         ids = torch.where(in_passages & (place == position), token, ids)
     for position, token in enumerate(suffix):
         ids = torch.where(column == question_end + position, token, ids)
-    return ids, (column < total).long()
+    return ids, (column < total).long(), ends

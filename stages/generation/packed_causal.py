@@ -12,10 +12,11 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from stages.generation.blocks import Blocks, PackedBlocks, causal_attention
 from stages.generation.causal import Causal
 from stages.generation.vocabulary import token_log_probs
 from stages.packed.cuda_graphs import CudaGraphs
-from stages.packed.packing import PackedAnswers, Packing, attention
+from stages.packed.packing import PackedAnswers, Packing
 
 # Their layers hand what they do not know on to the attention function, and read nothing but positions besides. Their
 # logits are what the head says: nothing scales or caps them behind it, as in Gemma 2, Cohere and Granite.
@@ -27,7 +28,7 @@ NAME = "packed"
 
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    packing: Packing | None = None, scaling: float | None = None, dropout: float = 0.0, **others,
+    packing: Packing | PackedBlocks | None = None, scaling: float | None = None, dropout: float = 0.0, **others,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Causal attention [1, tokens, heads, d] inside the rows of `packing`; without one, torch's over padded rows."""
     if packing is None:
@@ -35,9 +36,7 @@ def packed_attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
         )
     query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
-    mixed = attention(
-        query, key, value, packing, packing, dropout, causal=True, scale=scaling, window=others.get("sliding_window")
-    )
+    mixed = causal_attention(query, key, value, packing, dropout, scaling, others.get("sliding_window"))
     return mixed[None], None
 
 
@@ -76,15 +75,26 @@ class PackedCausal:
         """
         return self.score(self.pack(input_ids, attention_mask, targets, target_mask), label_smoothing)
 
-    def pack(self, input_ids: Tensor, attention_mask: Tensor, targets: Tensor, target_mask: Tensor) -> PackedAnswers:
-        """What `score` reads. The host waits for the device here, and nowhere else."""
+    def pack(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        targets: Tensor,
+        target_mask: Tensor,
+        blocks: Blocks | None = None,
+    ) -> PackedAnswers:
+        """What `score` reads. The host waits for the device here, and nowhere else.
+
+        With `blocks` the prompts' passages do not see each other; CUDA graphs know nothing of that.
+        """
         prompts, answers = attention_mask.sum(1, keepdim=True), target_mask.sum(1, keepdim=True)
         fed = targets.shape[1] - 1  # the last token is predicted, not read
         ids = F.pad(input_ids, (0, fed))
         place = torch.arange(ids.shape[1], device=ids.device) - prompts
         if fed:
             ids = torch.where(place < 0, ids, targets.gather(1, place.clamp(0, fed - 1)))
-        tokens, scored = Packing.of(place < answers - 1), Packing.of(target_mask)
+        real, scored = place < answers - 1, Packing.of(target_mask)
+        tokens = PackedBlocks.of(blocks.longer(fed), real) if blocks else Packing.of(real)
         row = scored.index // scored.width
         predicting = tokens.offsets[row] + prompts[row, 0] - 1 + scored.positions
         return PackedAnswers(tokens.pack(ids), tokens, predicting, scored.pack(targets), scored)
@@ -99,7 +109,7 @@ class PackedCausal:
         states = self._states(packed.ids, packed.tokens)[packed.read]
         return token_log_probs(self.model.get_output_embeddings(), None, states, packed.targets, label_smoothing)
 
-    def _states(self, ids: Tensor, tokens: Packing) -> Tensor:
+    def _states(self, ids: Tensor, tokens: Packing | PackedBlocks) -> Tensor:
         """The last layer's states [tokens, H], normalised, as the head reads them."""
         # A mask of four dimensions is handed on as it is; our attention needs none, and one over all tokens is huge.
         unused = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=ids.device)

@@ -96,8 +96,12 @@ class Rag(nn.Module):
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def record_graphs(self, reading: str = "each") -> None:
-        """From now on training replays the generator's passes as CUDA graphs, where it has a packed likelihood."""
-        if self.packed:
+        """From now on training replays the generator's passes as CUDA graphs, where it has a packed likelihood.
+
+        Not of passages read in parallel: a graph records one number of tokens, and would have to fill up blocks, what they see
+        beside themselves and tails, each to a number of its own.
+        """
+        if self.packed and reading != "parallel":
             limits = self.lengths.context_tokens, self.lengths.answer_tokens
             self.packed.graphs = CudaGraphs(
                 self.packed.log_probs,
@@ -210,15 +214,17 @@ class Rag(nn.Module):
     ) -> RagOutput:  # fmt: skip
         """Each question's negative log-likelihood under its retrieved passages.
 
-        Reading each, `marginal` is sequence, token or average (see marginalization.py). Reading together there is none,
-        and `retriever_gradient` names a loss for the retriever (retriever_losses.py), computed where gradients are.
+        Reading each, `marginal` is sequence, token or average (see marginalization.py). Reading together or in parallel there is
+        none, and `retriever_gradient` names a loss for the retriever (retriever_losses.py), computed where gradients are.
         `retriever_gradient` "none" cuts the gradient to all that ranks passages. What was `found` before (ahead.py), reading
         each, is not looked for again.
         """
         rows, scores, golds = found[:3] if found else self.find(batch, retriever_gradient)
         prior = marginalization.log_prior(scores)
-        if reading == "together":
-            output = self._forward_together(batch, rows, prior, retriever_gradient, label_smoothing)
+        if reading != "each":
+            output = self._forward_together(
+                batch, rows, prior, retriever_gradient, label_smoothing, reading == "parallel"
+            )
             return output._replace(gold_nll=golds)
         if found:
             token_lp = self.packed_log_probs(found.packed, label_smoothing).unflatten(0, rows.shape)
@@ -239,19 +245,22 @@ class Rag(nn.Module):
             return *self.retrieve(vectors, batch.hits, batch.asked), None
 
     def _forward_together(
-        self, batch: RagBatch, rows: Tensor, prior: Tensor, retriever_gradient: str, label_smoothing: float
-    ) -> RagOutput:
+        self, batch: RagBatch, rows: Tensor, prior: Tensor, retriever_gradient: str, label_smoothing: float,
+        parallel: bool,
+    ) -> RagOutput:  # fmt: skip
         trains = retriever_gradient != "none" and torch.is_grad_enabled()
-        found = read_together(self, batch, rows, label_smoothing, trains)
+        found = read_together(self, batch, rows, label_smoothing, trains, parallel)
         nll = -found.joint.masked_fill(~batch.target_mask, 0.0).sum(-1)
         if not trains:
             return RagOutput(nll, prior.detach(), rows, found.context_tokens, 1)
         loss = retriever_losses.LOSS[retriever_gradient](prior, found.alone, batch.target_mask)
         return RagOutput(nll, prior.detach(), rows, found.context_tokens, 1 + rows.shape[1] / 3, loss)
 
-    def joint_log_probs(self, batch: RagBatch, rows: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    def joint_log_probs(
+        self, batch: RagBatch, rows: Tensor, label_smoothing: float = 0.0, parallel: bool = False
+    ) -> Tensor:
         """log p(y_t | y_<t, x, z_1..z_K) [B, T] of the batch's targets under all of their passages `rows` [B, K] at once."""
-        return read_together(self, batch, rows, label_smoothing).joint
+        return read_together(self, batch, rows, label_smoothing, parallel=parallel).joint
 
     def token_log_probs(
         self, batch: RagBatch, input_ids: Tensor, attention_mask: Tensor, label_smoothing: float = 0.0

@@ -6,6 +6,7 @@ import torch
 
 from stages.corpus.token_store import TokenStore
 from stages.encoders.encoder import Encoder
+from stages.generation import blocks
 from stages.generation.generator import Generator
 from stages.params import Lengths, Params
 from stages.rag.model import Rag
@@ -15,6 +16,22 @@ from stages.search.passage_index import PassageIndex, load_index
 from stages.search.reranking import Reranker
 
 FEWEST_PASSAGE_TOKENS = 8  # that must fit beside the longest question
+
+
+def check_reading(generator: Generator, reading: str) -> None:
+    """Raises ValueError where the generator cannot read passages in this way: each and together, all can."""
+    config = generator.model.config
+    if reading != "parallel" or blocks.fits(config):
+        return
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"recipes: reading: parallel is of decoder-only generators; one of type {config.model_type} reads its passages "
+            "apart with reading: together, use that"
+        )
+    raise ValueError(
+        f"recipes: reading: parallel wants a generator of type {', '.join(blocks.FAMILIES)}, all of whose layers see all "
+        f"of the text; this one is of type {config.model_type} or has layers that see less; use reading: together"
+    )
 
 
 def check_lengths(generator: Generator, lengths: Lengths, together: int = 1) -> None:
@@ -51,7 +68,7 @@ def open_rag(
     """Puts the pieces together on `device`; without a `prior` scores are inner products.
 
     With a `passage_encoder` the context encoder trains too. Unless `models_move`, the models stay where they are.
-    `reading` each or together decides how many positions the generator must have.
+    `reading` (each, together, parallel) decides how many positions the generator must have.
 
     Raises ValueError where they do not fit each other."""
     if encoder.dimension != index.vectors.shape[1]:
@@ -68,6 +85,7 @@ def open_rag(
             f"data/reranker holds {len(reranker.tokens)} passages, data/tokens {len(passages)}; run `dvc repro` to make them "
             "agree"
         )
+    check_reading(generator, reading)
     check_lengths(generator, lengths, n_docs if reading == "together" else 1)
     on_device = passages.to(device) if device.type == "cuda" else passages
     searched = index.to(device, together=True)

@@ -3,7 +3,8 @@
 Encoder-decoder: the passages are encoded apart, each with the question, and the decoder attends to all of them end to end
 (Fusion-in-Decoder, Izacard & Grave 2021). The likelihoods under each passage alone, which train the retriever, come from
 the same encodings. Decoder-only: one prompt holds all passages in the order of the prior and the question once, behind them
-(generation/causal.py); under each passage alone it reads prompts of their own.
+(generation/causal.py), which in `parallel` do not see each other (generation/blocks.py); under each passage alone it reads
+prompts of their own.
 """
 
 from typing import Any, NamedTuple
@@ -11,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stages.generation.contexts import assemble_together
+from stages.generation.causal import Prompts
+from stages.generation.contexts import assemble_blocks, assemble_together
 from stages.generation.seq2seq import Contexts
 from stages.generation.vocabulary import padded_log_probs
 from stages.rag.batches import RagBatch
@@ -24,15 +26,16 @@ class Together(NamedTuple):
 
 
 def read_together(
-    rag: nn.Module, batch: RagBatch, rows: Tensor, label_smoothing: float = 0.0, alone: bool = False
-) -> Together:
+    rag: nn.Module, batch: RagBatch, rows: Tensor, label_smoothing: float = 0.0, alone: bool = False,
+    parallel: bool = False,
+) -> Together:  # fmt: skip
     """The batch's answers under all of their passages `rows` [B, K] by a Rag; those that are missing (-1) are left out.
 
     A question for which nothing was found is read alone. `alone`: under each passage by itself too, without label
-    smoothing.
+    smoothing. `parallel`, of decoder-only generators: no passage sees another.
     """
     if not rag.generator_model.config.is_encoder_decoder:
-        return _read_in_one_prompt(rag, batch, rows, label_smoothing, alone)
+        return _read_in_one_prompt(rag, batch, rows, label_smoothing, alone, parallel)
     input_ids, attention_mask = rag.contexts(batch, rows)
     read = attention_mask * read_at_all(rows).flatten()[:, None]
     if rag.packed:
@@ -53,36 +56,45 @@ def read_together(
     return Together(joint, each.unflatten(0, rows.shape), read.sum())
 
 
-def joint_contexts(rag: nn.Module, batch: RagBatch, rows: Tensor, contexts: Any) -> Any:
+def joint_contexts(rag: nn.Module, batch: RagBatch, rows: Tensor, contexts: Any, parallel: bool = False) -> Any:
     """What B questions' answers read at once: encoded contexts [B] of all of their passages `rows` [B, K].
 
-    `contexts` are those of each passage alone [B * K], as the generator encoded them.
+    `contexts` are those of each passage alone [B * K], as the generator encoded them; `parallel` as in `read_together`.
     """
     if not rag.generator_model.config.is_encoder_decoder:
-        return rag.generator.encode(*prompts_together(rag, batch, rows))
+        return prompts_together(rag, batch, rows, parallel)
     read = contexts.mask * read_at_all(rows).flatten()[:, None]
     return Contexts(contexts.states, read).joined(rows.shape[1])
 
 
-def prompts_together(rag: nn.Module, batch: RagBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids and mask [B, L] of every question with all of its passages `rows` [B, K] in one prompt."""
+def prompts_together(rag: nn.Module, batch: RagBatch, rows: Tensor, parallel: bool = False) -> Prompts:
+    """Every question with all of its passages `rows` [B, K] in one prompt: B of them."""
     generator = rag.generator
-    return assemble_together(
-        rag.passages, rows, batch.generator_questions, batch.generator_question_lengths, limit=rag.lengths.context_tokens,
-        prefix=generator.context_prefix, separator=generator.passage_separator, suffix=generator.context_suffix,
-        pad=generator.pad_token_id,
-    )  # fmt: skip
+    parts = rag.passages, rows, batch.generator_questions, batch.generator_question_lengths
+    frame = {
+        "limit": rag.lengths.context_tokens, "prefix": generator.context_prefix, "suffix": generator.context_suffix,
+        "pad": generator.pad_token_id,
+    }  # fmt: skip
+    if parallel:
+        return Prompts(*assemble_blocks(*parts, **frame))
+    return Prompts(*assemble_together(*parts, separator=generator.passage_separator, **frame))
 
 
-def _read_in_one_prompt(rag: nn.Module, batch: RagBatch, rows: Tensor, label_smoothing: float, alone: bool) -> Together:
-    input_ids, attention_mask = prompts_together(rag, batch, rows)
-    joint = rag.token_log_probs(batch, input_ids, attention_mask, label_smoothing)[:, 0]
+def _read_in_one_prompt(
+    rag: nn.Module, batch: RagBatch, rows: Tensor, label_smoothing: float, alone: bool, parallel: bool
+) -> Together:
+    prompts = prompts_together(rag, batch, rows, parallel)
+    if rag.packed:
+        packed = rag.packed.pack(prompts.ids, prompts.mask, batch.targets, batch.target_mask, prompts.blocks)
+        joint = rag.packed_log_probs(packed, label_smoothing)
+    else:
+        joint = padded_log_probs(rag.generator, prompts, batch.targets, label_smoothing)
     if not alone:
-        return Together(joint, None, attention_mask.sum())
+        return Together(joint, None, prompts.mask.sum())
     with torch.no_grad():
-        prompts, masks = rag.contexts(batch, rows)
-        each = rag.token_log_probs(batch, prompts, masks)
-    return Together(joint, each, attention_mask.sum() + masks.sum() / 3)
+        ids, mask = rag.contexts(batch, rows)
+        each = rag.token_log_probs(batch, ids, mask)
+    return Together(joint, each, prompts.mask.sum() + mask.sum() / 3)
 
 
 def read_at_all(rows: Tensor) -> Tensor:

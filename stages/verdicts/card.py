@@ -30,6 +30,8 @@ READ = {
     "each": "Lewis et al. 2020): a question encoder and a generator, trained jointly by marginalising over retrieved passages",
     "together": "Izacard & Grave 2021): a generator that reads all retrieved passages of a question at once, trained with its "
     "question encoder",
+    "parallel": "Ratner et al. 2023): a generator that reads all retrieved passages of a question at once, none of which sees "
+    "another, trained with its question encoder",
 }
 SAID = {
     "em": "EM", "f1": "F1", "recall_at_1": "recall@1", "recall_at_5": "recall@5", "mrr_at_10": "MRR@10",

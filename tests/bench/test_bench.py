@@ -47,6 +47,15 @@ def test_passages_read_together_train_and_have_no_counterpart():
             measuring.bench_train(options("train", "--reading", "together", *more), CPU)
 
 
+def test_passages_read_in_parallel_train_by_a_decoder_only_generator_alone():
+    arguments = ("train", "--reading", "parallel")
+    found = measuring.bench_train(options(*arguments, "--shapes", "tiny-llama", "--n-docs", "7"), CPU)
+    assert (found["reading"], found["n_docs"]) == ("parallel", 7)
+    assert 30 < found["ours"]["train_loss_per_sequence"] < 90
+    with pytest.raises(ValueError, match="reading: parallel is of decoder-only generators"):
+        measuring.bench_train(options(*arguments), CPU)
+
+
 def test_decoder_only_generators_have_no_counterpart():
     with pytest.raises(ValueError, match="no decoder-only generator"):
         measuring.bench_train(
@@ -68,11 +77,18 @@ def test_decoding_beside_transformers():
     assert found["times_as_fast"] == pytest.approx(ratio)
 
 
-@pytest.mark.parametrize("reading", ["each", "together"])
-@pytest.mark.parametrize("shapes", ["tiny", "tiny-llama"])
+@pytest.mark.parametrize(
+    ("shapes", "reading"),
+    [*((shapes, way) for shapes in ("tiny", "tiny-llama") for way in ("each", "together")), ("tiny-llama", "parallel")],
+)
 def test_decoding_with_either_family_and_way_of_reading(shapes, reading, monkeypatch):
     ways = []
-    monkeypatch.setattr(measuring, "joint_contexts", lambda *given: (ways.append(shapes), joint_contexts(*given))[1])
+
+    def joined(*given, **options):
+        ways.append(shapes)
+        return joint_contexts(*given, **options)
+
+    monkeypatch.setattr(measuring, "joint_contexts", joined)
     arguments = (
         "--shapes",
         shapes,
@@ -86,7 +102,7 @@ def test_decoding_with_either_family_and_way_of_reading(shapes, reading, monkeyp
         "3",
     )
     assert measuring.bench_decode(options("decode", *arguments), CPU)["questions_per_second"] > 0
-    assert bool(ways) == (reading == "together")
+    assert bool(ways) == (reading != "each")
 
 
 @pytest.mark.slow

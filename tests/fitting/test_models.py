@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
@@ -68,6 +69,20 @@ def test_what_is_shipped_fits_and_takes_no_weights(values, monkeypatch):
         "lora": dict(rank=4, alpha=8, dropout=0, target_modules=None, base="bf16"),
     }
     check(Params.model_validate(values))
+
+
+def test_only_decoder_only_generators_that_see_the_whole_text_read_in_parallel(values, tmp_path):
+    values["recipes"]["new"] |= {"reading": "parallel", "retriever_gradient": "emdr2"}
+    refused(values, "recipes: reading: parallel is of decoder-only generators; one of type bart .* use that")
+    sizes = SIZES | dict(vocab_size=8192, max_position_embeddings=512)
+    for family, more in (("llama", {}), ("mistral", dict(sliding_window=8))):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes | more))
+        values["models"]["generator"] = with_tokenizer(model, tmp_path / family, GENERATOR)
+        if family == "llama":
+            check(Params.model_validate(values))
+    refused(
+        values, "reading: parallel wants a generator of type gemma, .* is of type mistral or .* use reading: together"
+    )
 
 
 def test_a_generator_that_cannot_be_used(values, tmp_path):
