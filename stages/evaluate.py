@@ -15,9 +15,8 @@ from stages.machine.devices import prepare_torch
 from stages.machine.entry import root_folder, run
 from stages.machine.stage_params import stage_params
 
-PREPARED, TOKENS, LEXICAL = Path("data/prepared"), Path("data/tokens"), Path("data/lexical")
-VECTORS, INDEX, MODEL = Path("data/vectors"), Path("data/index"), Path("data/model")
-RERANKER = Path("data/reranker")
+DATA, MODEL = Path("data"), Path("data/model")
+PREPARED, LEXICAL = Path("data/prepared"), Path("data/lexical")
 PREDICTIONS, METRICS = Path("data/predictions"), Path("metrics/eval.json")
 TABLE_ROWS = 500
 FACTS = ("questions", "questions_with_gold_passage", "n_docs", "passages")  # what was evaluated, not how well it did
@@ -27,17 +26,12 @@ def main() -> None:
     params = stage_params("evaluate")
     device = prepare_torch(params.runtime)
     from stages.bm25.hits import read_hits
-    from stages.compute.precision import cast_weights, generator_dtype
     from stages.corpus.arrow import gold_grades, read_rows, replacing
     from stages.evaluation.answering import evaluate
     from stages.evaluation.errors import table_row
     from stages.evaluation.retrieval import evaluate_retrieval
     from stages.evaluation.scoring import Rules
-    from stages.rag.folder import load_rag_parts
-    from stages.rag.opening import open_rag_on
-    from stages.rag.prior import load_prior
-    from stages.search.passage_index import index_folders
-    from stages.search.reranking import load_reranker
+    from stages.rag.opening import open_trained
     from stages.storage import manifest
     from stages.storage.checkpoints import digest
     from stages.storage.leftovers import drop_finished
@@ -47,17 +41,11 @@ def main() -> None:
     from stages.verdicts.of_evaluation import evaluation_signs
 
     settings, started = params.evaluate, time.time()
-    dtype = generator_dtype(settings.precision, device)
-    parts = load_rag_parts(MODEL, dtype)
+    rag = open_trained(params, device, DATA, MODEL)
     root = root_folder()
     trained = json.loads((MODEL / "run.json").read_text(encoding="utf-8"))
     drop_finished(root, trained["fingerprint"])
     passages = read_rows(PREPARED / "passages.arrow")
-    rag = open_rag_on(
-        parts, index_folders(MODEL, INDEX, VECTORS), TOKENS, params, device, load_prior(MODEL, params.retriever),
-        reranker=load_reranker(RERANKER, params.models.reranker, MODEL / "reranker"),
-    )  # fmt: skip
-    cast_weights(rag.generator_model, dtype)  # retrieval stays in fp32
     questions = read_rows(PREPARED / f"{settings.split}.arrow")
     answered = any(map(len, questions["answers"]))
     hits = read_hits(LEXICAL, settings.split, params.retriever.hybrid_depth, len(questions), len(passages))

@@ -7,18 +7,14 @@ from pathlib import Path
 import torch
 
 from stages.bm25.hits import find_hits
-from stages.compute.precision import generator_dtype
 from stages.corpus.arrow import row_reader
 from stages.corpus.token_store import TokenStore
 from stages.evaluation.answering import answer, passages_of, retrieve
 from stages.evaluation.decoding import Answer
 from stages.generation import marginalization
 from stages.params import Params
-from stages.rag.folder import load_rag_parts
-from stages.rag.opening import open_rag_on
-from stages.rag.prior import load_prior
+from stages.rag.opening import open_trained
 from stages.search.passage_index import index_folders
-from stages.search.reranking import load_reranker
 
 DATA = Path("data")
 
@@ -33,8 +29,8 @@ class Asker:
     def __init__(self, params: Params, device: torch.device, data: Path = DATA, model: Path | None = None):
         model = model or data / "model"
         folders = index_folders(model, data / "index", data / "vectors")
-        reranker = data / "reranker"
-        needed = [data / "prepared", data / "tokens", *folders, model, *([reranker] if params.models.reranker else [])]
+        reranker = [data / "reranker"] if params.models.reranker else []
+        needed = [data / "prepared", data / "tokens", *folders, model, *reranker]
         missing = [str(one) for one in dict.fromkeys(needed) if not one.is_dir()]
         if missing:
             raise ValueError(
@@ -46,12 +42,7 @@ class Asker:
             row_reader(data / "prepared/passages.arrow"),
             len(TokenStore.open(data / "tokens")),
         )
-        trained = load_rag_parts(model, generator_dtype(params.evaluate.precision, device))
-        self.rag = open_rag_on(
-            trained, folders, data / "tokens", params, device, load_prior(model, params.retriever),
-            reranker=load_reranker(reranker, params.models.reranker, model / "reranker"),
-        )  # fmt: skip
-        self.rag.eval()
+        self.rag = open_trained(params, device, data, model)
 
     def ask(self, question: str) -> dict:
         """`answers` of one question."""

@@ -4,16 +4,18 @@ from pathlib import Path
 
 import torch
 
+from stages.compute.precision import cast_weights, generator_dtype
 from stages.corpus.token_store import TokenStore
 from stages.encoders.encoder import Encoder
 from stages.generation import blocks
 from stages.generation.generator import Generator
 from stages.params import Lengths, Params
+from stages.rag.folder import load_rag_parts
 from stages.rag.model import Rag
-from stages.rag.prior import PriorWeights, prior_of
+from stages.rag.prior import PriorWeights, load_prior, prior_of
 from stages.search.passage_encoder import PassageEncoder
-from stages.search.passage_index import PassageIndex, load_index
-from stages.search.reranking import Reranker
+from stages.search.passage_index import PassageIndex, index_folders, load_index
+from stages.search.reranking import Reranker, load_reranker
 
 FEWEST_PASSAGE_TOKENS = 8  # that must fit beside the longest question
 
@@ -109,3 +111,20 @@ def open_rag_on(
         prior or prior_of(retriever), passage_encoder, reranker, retriever.rerank_depth, models_move,
         params.recipe.reading,
     )  # fmt: skip
+
+
+def open_trained(params: Params, device: torch.device, data: Path, model: Path) -> Rag:
+    """The model that training left in the folder `model`, ready to answer: in eval mode, the generator in evaluate.precision.
+
+    `data` holds tokens, index, vectors and reranker as the pipeline leaves them; index and reranker that were trained too
+    lie in `model`. Raises ValueError where something is missing, damaged or does not fit.
+    """
+    dtype = generator_dtype(params.evaluate.precision, device)
+    rag = open_rag_on(
+        load_rag_parts(model, dtype), index_folders(model, data / "index", data / "vectors"), data / "tokens", params,
+        device, load_prior(model, params.retriever),
+        reranker=load_reranker(data / "reranker", params.models.reranker, model / "reranker"),
+    )  # fmt: skip
+    # All of the generator: T5's `from_pretrained` leaves a part of it in fp32, where fp16 is asked for.
+    cast_weights(rag.generator_model, dtype)
+    return rag.eval()
