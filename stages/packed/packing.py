@@ -1,7 +1,7 @@
 """Rows without padding: real tokens side by side in one long row, and attention that stays inside its own row.
 
 On a GPU in half precision attention is FlashAttention's variable-length kernel (Dao 2023, arXiv:2307.08691); elsewhere
-it is torch's, padded for that one operation.
+it is torch's, row by row on a CPU where rows are long, else padded for that one operation.
 """
 
 import sys
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
+LONG_ROW = 64  # tokens; from there on a CPU attends to a row at a time faster than to all rows with their padding
 
 
 @dataclass
@@ -162,12 +163,31 @@ def attention(
     shared = query.shape[1] // key.shape[1]
     if shared > 1:
         key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
+    if query.device.type == "cpu" and asking.width >= LONG_ROW and window is None and not torch.compiler.is_compiling():
+        lengths = [(packing.offsets[1:] - packing.offsets[:-1]).tolist() for packing in (asking, asked)]
+        if (asking is asked or not causal) and min(map(min, lengths)) > 0:
+            return _row_by_row(query, key, value, *lengths, dropout, causal, scale)
     padded = [p.unpack(t).transpose(1, 2) for p, t in ((asking, query), (asked, key), (asked, value))]
     # Within a row padding stands behind all that is real: a causal query sees none of it, and torch computes half of it all.
     plain = causal and window is None and asking is asked
     mask = None if plain else _mask(asking, asked, causal, window)
     mixed = F.scaled_dot_product_attention(*padded, attn_mask=mask, dropout_p=dropout, is_causal=plain, scale=scale)
     return asking.pack(mixed.transpose(1, 2))
+
+
+def _row_by_row(
+    query: Tensor, key: Tensor, value: Tensor, asking: list[int], asked: list[int], dropout: float, causal: bool,
+    scale: float | None,
+) -> Tensor:  # fmt: skip
+    """`attention` without padding and without a mask, of rows of these lengths."""
+    rows = zip(query.split(asking), key.split(asked), value.split(asked), strict=True)
+    mixed = [
+        F.scaled_dot_product_attention(
+            *(part.transpose(0, 1)[None] for part in row), dropout_p=dropout, is_causal=causal, scale=scale
+        )
+        for row in rows
+    ]
+    return torch.cat([row[0].transpose(0, 1) for row in mixed])
 
 
 def in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:
