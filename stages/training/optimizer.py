@@ -32,7 +32,7 @@ def make_optimizer(rag: Rag, settings: Train) -> AdamW:
             {"params": matrices, "weight_decay": settings.weight_decay, "lr": rate},
             {"params": others, "weight_decay": 0.0, "lr": rate},
         ]
-    return AdamW(groups, lr=settings.learning_rate, fused=next(rag.parameters()).is_cuda)
+    return AdamW(groups, lr=settings.learning_rate, fused=True)
 
 
 def make_schedule(optimizer, settings: Train) -> LambdaLR:
