@@ -187,9 +187,9 @@ def main() -> None:
         elif work == "search":
             search(folder, **settings)
         elif work == "gradients":
-            from tests.training import test_gradient_sums
+            from tests.training import test_gradients_of_ranks
 
-            getattr(test_gradient_sums, settings["what"])(folder)
+            test_gradients_of_ranks.compare(folder)
         elif work == "mistake":
             raise_on(settings["rank"])
         else:
