@@ -47,6 +47,7 @@ CASES = {
     "adapters": {"questions": 8, "batch_size": 4, "generator": "llama", "lora": True},
     "reranker and prior": {"questions": 8, "batch_size": 2, "reranked": True},
     "read together": {"questions": 8, "batch_size": 2, "recipe": TOGETHER},
+    "known positives": {"questions": 9, "batch_size": 2, "golds": True},
     "no gradient to the retriever": {"questions": 8, "batch_size": 4, "recipe": {"retriever_gradient": "none"}},
     "memory runs out behind the first sums": {"questions": 8, "batch_size": 4, "fails": True},
 }
@@ -55,7 +56,13 @@ CASES = {
 def gradients(case: dict, overlapped: bool) -> tuple[dict, int]:
     """What an update's gradients are before the clipping, and how many sums at least were begun within a backward pass."""
     rag = rag_for(case)
-    settings = SETTINGS.model_copy(update={"batch_size": case["batch_size"], "gradient_checkpointing": "again" in case})
+    settings = SETTINGS.model_copy(
+        update={
+            "batch_size": case["batch_size"],
+            "gradient_checkpointing": "again" in case,
+            "positives_weight": float("golds" in case),
+        }
+    )
     trainer = Trainer(rag, NEW.model_copy(update=case.get("recipe", {})), settings, "no", 7, None)
     rag.train()
     early = []
@@ -70,7 +77,10 @@ def gradients(case: dict, overlapped: bool) -> tuple[dict, int]:
         fail_once(rag.question_encoder)
     elif "fails" in case:
         trainer.progress.micro_batch = 2
-    trainer._accumulate_all(rag.examples(QUESTIONS, ANSWERS), Update([rows], len(rows), True), trainer._window())
+    golds = [[row] for row in range(len(QUESTIONS))] if "golds" in case else None
+    trainer._accumulate_all(
+        rag.examples(QUESTIONS, ANSWERS, golds=golds), Update([rows], len(rows), True), trainer._window()
+    )
     if not overlapped:
         sum_plainly(rag)
     assert "fails" not in case or trainer.progress.micro_batch == 2
