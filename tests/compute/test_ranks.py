@@ -170,7 +170,7 @@ def test_a_rank_without_room_for_a_single_question_ends_all_with_the_same_line(t
     """Also rank 0, which has room: it would wait for the other, that one for rank 0 to say what is wrong."""
     _, errors = done(start("oom", tmp_path, 2, room=0, **settings, **THREE_STEPS), 1)
     assert errors.count("error: out of memory with a single question; lower lengths.context_tokens") == 1
-    assert "rank 1" not in errors and "Traceback" not in errors
+    assert "Traceback" not in errors
 
 
 @pytest.mark.slow
