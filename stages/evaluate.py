@@ -35,7 +35,7 @@ def main() -> None:
     from stages.storage import manifest
     from stages.storage.checkpoints import digest
     from stages.storage.leftovers import drop_finished
-    from stages.tracking.journal import flatten
+    from stages.tracking.records import flatten
     from stages.tracking.runs import reopen_trained
     from stages.verdicts.description import evaluation_text
     from stages.verdicts.of_evaluation import evaluation_signs

@@ -189,7 +189,7 @@ def tracked(params: Params, workplace, recipe: str | None, same_run: bool) -> It
 def leave_facts(params: Params, opened: TrackedRun, fingerprint: str, metrics: dict, description: str) -> None:
     """run.json beside the model: whose it is and what it was made of, for evaluation, report and publish."""
     from stages.storage import manifest
-    from stages.tracking.journal import flatten
+    from stages.tracking.records import flatten
 
     trained = {
         "run_id": opened.tracker.run_id, "experiment": params.tracking.experiment, "fingerprint": fingerprint,

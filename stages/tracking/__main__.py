@@ -14,7 +14,7 @@ from pathlib import Path
 from stages.tracking.mlflow_store import tracking_uri as _  # isort: skip  # noqa: F401
 from stages.tracking.journal import Journal, say
 from stages.tracking.mlflow_run import MlflowRun
-from stages.tracking.recorder import Sender, reason
+from stages.tracking.sending import Sender, reason
 
 FOLDER = ".tracking"  # in which the stages keep their journals, at the repository's root
 

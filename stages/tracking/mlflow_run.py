@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 
 from stages.tracking import registry
 from stages.tracking.journal import say, without_credentials
-from stages.tracking.recorder import REFUSALS
+from stages.tracking.sending import REFUSALS
 from stages.tracking.snapshots import Snapshots
 
 SESSION_TAG = "tracking.session"  # finds a run again whose creation was answered after our time-out

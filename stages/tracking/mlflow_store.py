@@ -22,7 +22,7 @@ from filelock import FileLock
 from sqlalchemy.engine import make_url
 
 from stages.tracking.journal import say, without_credentials
-from stages.tracking.recorder import REFUSALS, Unusable
+from stages.tracking.sending import REFUSALS, Unusable
 
 # Before the import, which reads some of them. The sending thread retries; HTTP retries would delay close().
 for _name, _value in {

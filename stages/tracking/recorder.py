@@ -12,23 +12,12 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from itertools import takewhile
 from pathlib import Path
 
-from stages.tracking import journal as journals
-from stages.tracking.journal import Journal, record, say
-
-REFUSALS = {  # error codes of MLflow after which the same call would fail again
-    "INVALID_PARAMETER_VALUE",
-    "RESOURCE_DOES_NOT_EXIST",
-    "RESOURCE_ALREADY_EXISTS",
-    "INVALID_STATE",
-    "ENDPOINT_NOT_FOUND",
-}
-
-
-class Unusable(Exception):
-    """MLflow will never take the store that was named; the text is one line for the user."""
+from stages.tracking import records
+from stages.tracking.journal import Journal, say
+from stages.tracking.records import record
+from stages.tracking.sending import Sender, Unusable, reason
 
 
 def environment_tags(root: Path) -> dict[str, str]:
@@ -66,59 +55,6 @@ def environment_tags(root: Path) -> dict[str, str]:
     return {name: value for name, value in tags.items() if value}
 
 
-class Sender:
-    """Takes records off a journal, in order, and has `run` make MLflow calls of them; for one thread.
-
-    run: mlflow_run.MlflowRun, whose calls can all be made twice without a change: a record is sent twice where
-    the process dies between the call and the note of it.
-    """
-
-    def __init__(self, journal: Journal, run):
-        self.journal, self.run = journal, run
-        self.sent = self.refused = 0
-        self._attempts = 0
-
-    def send_next(self) -> bool:
-        """Sends some records. False: none is left. Raises what may be over at a later attempt."""
-        taken = self.journal.take()
-        if not taken:
-            return False
-        metrics = list(takewhile(lambda one: one[0].get("kind") in ("metrics", "system"), taken))
-        group = metrics or taken[:1]
-        try:
-            self.run.send([entry for entry, _ in group])
-        except Exception as error:
-            self._attempts += 1
-            if not self._is_refusal(error):
-                raise
-            for entry, _ in group:
-                self._send_alone(entry)
-        self._attempts = 0
-        self.sent += len(group)
-        self.journal.mark_sent(group)
-        return True
-
-    def _send_alone(self, entry: dict) -> None:
-        try:
-            self.run.send([entry])
-        except Exception as error:
-            if not self._is_refusal(error):
-                raise
-            self.refused += 1
-            if self.refused == 1:
-                say(f"MLflow refused a record of kind {entry.get('kind')} ({reason(error)}); it is left out")
-
-    def _is_refusal(self, error: Exception) -> bool:
-        """Whether another attempt would fail too, so that one bad record does not hold up all that follow."""
-        if not self.run.is_open:
-            return False
-        code = getattr(error, "error_code", None)
-        if code in REFUSALS or isinstance(error, FileNotFoundError | TypeError | ValueError | KeyError):
-            return True
-        # After several attempts, a server that is well otherwise says that it is the record.
-        return code != "TEMPORARILY_UNAVAILABLE" and self._attempts > 5 and self.run.is_well()
-
-
 class Tracker:
     """An open run, made by tracking.open_run. No method raises, and only flush and close wait.
 
@@ -152,7 +88,7 @@ class Tracker:
     def log_params(self, params: Mapping) -> None:
         """Nested params, under dotted names. MLflow forbids to change a param that the run has already:
         another value becomes the tag `changed.NAME`."""
-        self._put(lambda: journals.params_records(params))
+        self._put(lambda: records.params_records(params))
 
     def log_metrics(self, metrics: Mapping, step: int | None = None, of_model: bool = False) -> None:
         """Numbers at an optimizer step: what float() takes, NaN too; the rest is left out with a warning.
@@ -160,7 +96,7 @@ class Tracker:
         step: None for what is measured once. of_model: the numbers are the run's model's too."""
 
         def build():
-            entry, rejected = journals.metrics_record("scores" if step is None else "metrics", metrics, step or 0)
+            entry, rejected = records.metrics_record("scores" if step is None else "metrics", metrics, step or 0)
             if rejected:
                 self._warn(f"no number, so no metric: {', '.join(rejected)}")
             return {**entry, "of_model": True} if of_model else entry
@@ -168,22 +104,22 @@ class Tracker:
         self._put(build)
 
     def set_tags(self, tags: Mapping) -> None:
-        self._put(lambda: journals.tags_record(tags))
+        self._put(lambda: records.tags_record(tags))
 
     def log_text(self, text: str, artifact_file: str) -> None:
-        self._put(lambda: record("text", text=str(text), file=journals.clean_path(artifact_file)))
+        self._put(lambda: record("text", text=str(text), file=records.clean_path(artifact_file)))
 
     def log_file(self, path: Path, artifact_path: str | None = None) -> None:
         """A file or folder as an artifact, as it is now."""
-        self._put(lambda: journals.file_record(path, artifact_path, self.journal.snapshots))
+        self._put(lambda: records.file_record(path, artifact_path, self.journal.snapshots))
 
     def log_table(self, rows: list[dict], artifact_file: str) -> None:
         """Rows as a JSON table that MLflow's evaluation view shows; replaces an earlier one of that name."""
-        self._put(lambda: journals.table_record(rows, artifact_file))
+        self._put(lambda: records.table_record(rows, artifact_file))
 
     def log_dataset(self, name: str, digest: str, source: str, context: str, profile: Mapping) -> None:
         """A data set: its digest (36 characters of it), where it lies, e.g. {"rows": 8}. No data is sent."""
-        self._put(lambda: journals.dataset_record(name, digest, source, context, profile))
+        self._put(lambda: records.dataset_record(name, digest, source, context, profile))
 
     def log_child(
         self, key: str, name: str, started: float, params: Mapping, metrics: Mapping, tags: Mapping,
@@ -194,11 +130,11 @@ class Tracker:
         key: of two with the same key below one run the first alone is kept: a command that is repeated after a kill.
 
         texts: {artifact file: content}."""
-        self._put(lambda: journals.child_record(key, name, started, params, metrics, tags, texts))
+        self._put(lambda: records.child_record(key, name, started, params, metrics, tags, texts))
 
     def describe(self, text: str) -> None:
         """Markdown that MLflow shows as the description of the run and of the models that it has registered."""
-        self._put(lambda: record("description", text=str(text)[: journals.TAG_LIMIT]))
+        self._put(lambda: record("description", text=str(text)[: records.TAG_LIMIT]))
 
     def register_model(
         self, name: str, linked: Mapping[str, Path], copied: Mapping[str, Path], code: Path, loader: str, example: list,
@@ -216,7 +152,7 @@ class Tracker:
         def build():
             data = [{f"data/{place}": path for place, path in files.items()} for files in (linked, copied)]
             snapshot = self.journal.snapshots.take(data[0], {**data[1], f"code/{code.name}": code})
-            return journals.model_record(
+            return records.model_record(
                 name, snapshot, loader, example, step, metrics, params, registered, alias, about, description
             )
 
@@ -320,10 +256,4 @@ class Tracker:
                     monitor.collect_metrics()
                     values |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
                     monitor.clear_metrics()
-            self._put(journals.metrics_record("system", values, None)[0])
-
-
-def reason(error: Exception) -> str:
-    """The first line of an error, without credentials."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {journals.without_credentials(lines[0] if lines else '')[:250]}"
+            self._put(records.metrics_record("system", values, None)[0])

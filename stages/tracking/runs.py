@@ -15,9 +15,10 @@ from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
-from stages.tracking.journal import Journal, params_records, record, say, without_credentials
+from stages.tracking.journal import Journal, say, without_credentials
 from stages.tracking.mlflow_run import MlflowRun
 from stages.tracking.recorder import Tracker, environment_tags
+from stages.tracking.records import params_records, record
 
 __all__ = ["Tracker", "environment_tags", "open_run", "reopen_trained"]
 

@@ -5,7 +5,8 @@ import shutil
 
 from stages.tracking import runs as tracking
 from stages.tracking.__main__ import main as send
-from stages.tracking.journal import Journal, record
+from stages.tracking.journal import Journal
+from stages.tracking.records import record
 from tests.tracking.stores import (
     EXPERIMENT,
     check_everything,

@@ -9,8 +9,9 @@ from sqlalchemy.engine import make_url
 from stages.machine.entry import root_folder
 from stages.tracking import runs as tracking
 from stages.tracking.__main__ import main as send
-from stages.tracking.journal import Journal, record
+from stages.tracking.journal import Journal
 from stages.tracking.mlflow_store import MlflowClient, tracking_uri
+from stages.tracking.records import record
 from tests.tracking.stores import (
     EXPERIMENT,
     local_client,
