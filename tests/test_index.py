@@ -1,4 +1,4 @@
-"""The stages encode and index as processes: killed, given what does not fit, and what they leave in place."""
+"""The stages encode and index: killed, given what does not fit, and what they leave in place."""
 
 import json
 import os
@@ -16,6 +16,7 @@ import yaml
 from stages.corpus.arrow import PASSAGES, QUESTIONS, write_rows
 from stages.search.passage_index import load_index
 from stages.storage import manifest
+from tests.in_process import run_stage
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNT = 60
@@ -45,19 +46,10 @@ def project(folder, warm_up=30, **settings):
     return folder
 
 
-def command(folder, stage="encode"):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("DVC")}
-    environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return {"args": [sys.executable, "-m", f"stages.{stage}"], "cwd": folder, "env": environment}
-
-
 def run(folder):
     """Both stages, the second where the first went well."""
-    for stage in ("encode", "index"):
-        done = subprocess.run(**command(folder, stage), capture_output=True, text=True)
-        if done.returncode:
-            break
-    return done
+    done = run_stage(folder, "encode")
+    return done if done.returncode else run_stage(folder, "index")
 
 
 def written(folder):
@@ -92,8 +84,10 @@ def test_metrics_and_nothing_left_behind(whole):
 
 def test_killed_while_encoding_it_goes_on_and_ends_with_the_same_bytes(whole, tmp_path):
     folder = project(tmp_path)
-    killed = command(folder) | {"args": [sys.executable, "-c", KILLED_WHILE_ENCODING]}
-    assert subprocess.run(**killed).returncode == -signal.SIGKILL
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("DVC")}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_ENCODING], cwd=folder, env=environment)
+    assert killed.returncode == -signal.SIGKILL
     assert list(folder.glob(".checkpoints/*/vectors/vectors.npy")) and not (folder / "data/vectors").exists()
     assert run(folder).returncode == 0
     assert written(folder) == written(whole)
@@ -135,7 +129,7 @@ def test_vectors_of_ones_own_take_the_place_of_encoding_and_the_index_is_built_f
 
 def test_an_import_beside_a_warm_up_is_refused_before_anything_runs(tmp_path):
     folder = project(tmp_path, warm_up=30, import_path="mine.faiss")
-    done = subprocess.run(**command(folder, "inputs"), capture_output=True, text=True, timeout=300)
+    done = run_stage(folder, "inputs")
     assert done.returncode == 1 and "the warm-up (retriever.steps: 30) would change; set retriever.steps" in done.stderr
 
 
@@ -146,7 +140,7 @@ def test_an_approximate_index_is_measured_at_several_settings_and_encodes_nothin
     params = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
     params["index"]["factory"] = "IVF8,Flat"
     (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
-    done = subprocess.run(**command(folder, "index"), capture_output=True, text=True)
+    done = run_stage(folder, "index")
     assert done.returncode == 0, done.stderr
     metrics = json.loads((folder / "metrics/index.json").read_text())
     assert "recall_of_exact_at_5" not in metrics and {"nprobe_1", "nprobe_4"} <= metrics.keys()

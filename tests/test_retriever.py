@@ -1,11 +1,9 @@
-"""The retriever stage as a process: one round, two rounds, and what the second is for."""
+"""The retriever stage: one round, two rounds, and what the second is for."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -18,13 +16,14 @@ from stages.encoders.loading import load_encoder
 from stages.encoders.mining import HardNegatives, best_hits, tokenize_passages, without_answers
 from stages.encoders.own_passages import OwnPassages
 from stages.encoders.warmup import WarmUp
+from tests.in_process import run_stage
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.slow
 
 
-def stage(folder: Path, questions_with_positives: int = 60, **hard_negatives) -> subprocess.CompletedProcess:
+def stage(folder: Path, questions_with_positives: int = 60, **hard_negatives) -> CompletedProcess:
     """Runs it on passages of which each asked about has two like it that do not answer."""
     numbers = random.Random(0)
     passages, questions = [], []
@@ -49,10 +48,7 @@ def stage(folder: Path, questions_with_positives: int = 60, **hard_negatives) ->
     params["retriever"]["hard_negatives"] |= hard_negatives
     params["runtime"] |= {"device": "cpu", "threads": 1}
     (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("DVC")}
-    environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "stages.retriever"]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return run_stage(folder, "retriever")
 
 
 def succeeded(folder: Path, **hard_negatives) -> Path:

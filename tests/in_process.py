@@ -1,0 +1,33 @@
+"""A stage in the tests' own process: one of its own takes four seconds of computing to import torch and transformers."""
+
+import contextlib
+import importlib
+import io
+import os
+import sys
+from pathlib import Path
+from subprocess import CompletedProcess
+from unittest.mock import patch
+
+from stages.machine.entry import run
+
+
+def run_stage(folder: Path, stage: str) -> CompletedProcess:
+    """As `python -m stages.STAGE` by hand in the folder: its exit code and what it printed.
+
+    What no user's mistake explains is raised. The fingerprint of a training is another one than in a process of its own,
+    because it holds all code that is loaded.
+    """
+    output, errors, code = io.StringIO(), io.StringIO(), 0
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("DVC", "MLFLOW"))}
+    with (
+        contextlib.chdir(folder), patch.dict(os.environ, own, clear=True), patch.object(sys, "argv", [stage]),
+        contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors),
+    ):  # fmt: skip
+        try:
+            run(importlib.import_module(f"stages.{stage}").main)
+        except SystemExit as end:
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    return CompletedProcess(["python", "-m", f"stages.{stage}"], code, output.getvalue(), errors.getvalue())
