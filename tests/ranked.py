@@ -180,20 +180,25 @@ def main() -> None:
     if settings.get("fsdp") == "asked":  # by accelerate
         settings["fsdp"] = fsdp.asked() is not None
     with ranks.group(torch.device("cpu")):
-        if work == "encode":
-            from tests.search import test_passage_vectors
+        do(work, folder, **settings)
 
-            test_passage_vectors.encode(folder)
-        elif work == "search":
-            search(folder, **settings)
-        elif work == "gradients":
-            from tests.training import test_gradients_of_ranks
 
-            test_gradients_of_ranks.compare(folder)
-        elif work == "mistake":
-            raise_on(settings["rank"])
-        else:
-            keep(folder, {"train": train, "oom": out_of_memory, "nan": not_finite}[work](folder, **settings))
+def do(work: str, folder: Path, **settings) -> None:
+    """A rank's part of it."""
+    if work == "encode":
+        from tests.search import test_passage_vectors
+
+        test_passage_vectors.encode(folder)
+    elif work == "search":
+        search(folder, **settings)
+    elif work == "gradients":
+        from tests.training import test_gradients_of_ranks
+
+        test_gradients_of_ranks.compare(folder)
+    elif work == "mistake":
+        raise_on(settings["rank"])
+    else:
+        keep(folder, {"train": train, "oom": out_of_memory, "nan": not_finite}[work](folder, **settings))
 
 
 def raise_on(rank: int | None) -> None:

@@ -122,10 +122,13 @@ def test_what_shards_the_model_in_another_way_or_another_stage_is_refused(monkey
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "batch_size", "questions"), [(2, 4, 8), (4, 2, 8), (2, 1, 1)])
-def test_however_many_ranks_share_an_update_it_is_the_same(tmp_path, number, batch_size, questions):
+def test_however_many_ranks_share_an_update_it_is_the_same(crew, tmp_path, number, batch_size, questions):
     """Also where a rank has no question."""
     cut = {"batch_size": batch_size, "gradient_accumulation_steps": questions // batch_size}
-    done(start("train", tmp_path / "ranks", number, **THREE_STEPS, **cut))
+    if number == 2:
+        crew.do("train", tmp_path / "ranks", **THREE_STEPS, **cut)
+    else:
+        done(start("train", tmp_path / "ranks", number, **THREE_STEPS, **cut))
     whole = alone(tmp_path / "alone", **THREE_STEPS, batch_size=questions, gradient_accumulation_steps=1)
     assert_same(whole, tmp_path / "ranks", number)
     first, *_, last = (load_file(tmp_path / "ranks" / f"weights-{rank}.safetensors") for rank in range(number))
@@ -150,16 +153,16 @@ def test_a_sharded_search_finds_what_one_index_finds(tmp_path, rounded):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("work", "batch_size", "passes"), [("train", 1, 3), ("train", 1, 1), ("oom", 3, 2)])
-def test_training_on_a_sharded_search_is_the_same(tmp_path, work, batch_size, passes):
+def test_training_on_a_sharded_search_is_the_same(crew, tmp_path, work, batch_size, passes):
     """With unequally many forward passes, with none, and where a rank begins anew."""
     cut = {"batch_size": batch_size, "gradient_accumulation_steps": passes}
-    done(start(work, tmp_path / "ranks", 2, shards=True, **THREE_STEPS | cut))
+    crew.do(work, tmp_path / "ranks", shards=True, **THREE_STEPS | cut)
     assert_same(alone(tmp_path / "alone", **THREE_STEPS | cut), tmp_path / "ranks", 2)
 
 
 @pytest.mark.slow
-def test_a_rank_that_runs_out_of_memory_halves_all_and_the_update_stays(tmp_path):
-    output, _ = done(start("oom", tmp_path / "ranks", 2, **THREE_STEPS))
+def test_a_rank_that_runs_out_of_memory_halves_all_and_the_update_stays(crew, tmp_path):
+    output = crew.do("oom", tmp_path / "ranks", **THREE_STEPS)
     assert output.count("out of memory at step 1") == 2 and "4 questions a forward pass: 2 from here on" in output
     assert_same(alone(tmp_path / "alone", **THREE_STEPS), tmp_path / "ranks", 2)
 
@@ -174,8 +177,8 @@ def test_a_rank_without_room_for_a_single_question_ends_all_with_the_same_line(t
 
 
 @pytest.mark.slow
-def test_a_nan_on_one_rank_is_skipped_by_all(tmp_path):
-    done(start("nan", tmp_path / "ranks", 2, **THREE_STEPS))
+def test_a_nan_on_one_rank_is_skipped_by_all(crew, tmp_path):
+    crew.do("nan", tmp_path / "ranks", **THREE_STEPS)
     history = json.loads((tmp_path / "ranks/history.json").read_text())
     assert history[-1]["skipped_steps"] == 1
     first, second = (load_file(tmp_path / "ranks" / f"weights-{rank}.safetensors") for rank in range(2))
@@ -196,10 +199,10 @@ def test_stopped_by_a_signal_to_one_of_two_ranks_and_resumed_on_one(tmp_path, sg
 
 
 @pytest.mark.slow
-def test_stopped_on_one_and_resumed_on_two_ranks(tmp_path):
+def test_stopped_on_one_and_resumed_on_two_ranks(crew, tmp_path):
     with pytest.raises(Interrupted):
         alone(tmp_path / "moved", stop_at=2, **SIX_STEPS)
-    output, _ = done(start("train", tmp_path / "moved", 2, **SIX_STEPS))
+    output = crew.do("train", tmp_path / "moved", **SIX_STEPS)
     assert output.count("resumed at step 2 of 6") == 1
     assert_same(alone(tmp_path / "whole", **SIX_STEPS), tmp_path / "moved", 2)
 
@@ -227,11 +230,11 @@ def test_launchers(tmp_path, launcher):
 
 
 @pytest.mark.slow
-def test_two_ranks_encode_the_same_bytes_and_one_goes_on_from_their_lists(tmp_path):
+def test_two_ranks_encode_the_same_bytes_and_one_goes_on_from_their_lists(crew, tmp_path):
     with one_thread():
         whole = encode(tmp_path / "whole").read_bytes()
     folder = tmp_path / "ranks"
-    done(start("encode", folder, 2))
+    crew.do("encode", folder)
     assert (folder / "vectors/vectors.npy").read_bytes() == whole
     lists = [json.loads((folder / name).read_text()) for name in ("shards.json", "shards-1.json")]
     assert [sorted(map(int, one)) for one in lists] == [[0, 2 * SHARD, 4 * SHARD], [SHARD, 3 * SHARD]]

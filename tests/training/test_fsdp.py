@@ -99,8 +99,8 @@ def test_tied_weights_come_back_into_a_model_that_has_others():
     assert other.generator_model.lm_head.weight is other.generator_model.get_input_embeddings().weight
 
 
-def sharded(folder, **settings):
-    done(start("train", folder, 2, fsdp=True, **settings))
+def sharded(crew, folder, **settings):
+    crew.do("train", folder, fsdp=True, **settings)
     return folder
 
 
@@ -115,10 +115,10 @@ def assert_equal(whole, found):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("generator", "questions"), [("bart", 8), ("bart", 3), ("t5", 1), ("llama", 8), ("llama", 3)])
-def test_two_ranks_hold_half_each_and_make_the_update_of_one_process(tmp_path, generator, questions):
+def test_two_ranks_hold_half_each_and_make_the_update_of_one_process(crew, tmp_path, generator, questions):
     """Of 3 questions the second rank goes through one pass for nothing, of 1 through all."""
     cut = {} if questions == 8 else {"batch_size": 1, "gradient_accumulation_steps": questions}
-    found = sharded(tmp_path / "ranks", generator=generator, **UNCLIPPED, **cut)
+    found = sharded(crew, tmp_path / "ranks", generator=generator, **UNCLIPPED, **cut)
     for rank in (0, 1):
         assert json.loads((found / f"share-{rank}.json").read_text()) == pytest.approx(0.5, abs=0.01)
     assert_equal(alone(tmp_path / "alone", generator=generator, **UNCLIPPED, **cut), found)
@@ -136,15 +136,16 @@ def test_two_ranks_hold_half_each_and_make_the_update_of_one_process(tmp_path, g
     ],
     ids=["three questions", "gradient checkpointing", "lora", "sharded search", "clipped"],
 )
-def test_so_it_is_with(tmp_path, settings):
-    found = sharded(tmp_path / "ranks", **UNCLIPPED | settings)
+def test_so_it_is_with(crew, tmp_path, settings):
+    found = sharded(crew, tmp_path / "ranks", **UNCLIPPED | settings)
     whole = alone(tmp_path / "alone", **UNCLIPPED | settings | {"shards": False})
     assert_equal(whole, found)
 
 
 @pytest.mark.slow
 def test_bf16_weights_travel_in_bf16_and_the_curve_stays_close(tmp_path):
-    found = sharded(tmp_path / "ranks", precision="bf16", **UNCLIPPED)
+    found = tmp_path / "ranks"
+    done(start("train", found, 2, fsdp=True, precision="bf16", **UNCLIPPED))
     whole = tmp_path / "plain"
     done(start("train", whole, 2, precision="bf16", **UNCLIPPED))
     losses = [
@@ -156,28 +157,28 @@ def test_bf16_weights_travel_in_bf16_and_the_curve_stays_close(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("second", "sgd"), [("one process", False), ("two plain ranks", True)])
-def test_stopped_with_parts_and_resumed_without(tmp_path, sgd, second):
+def test_stopped_with_parts_and_resumed_without(crew, tmp_path, sgd, second):
     folder = tmp_path / "moved"
     _, errors = done(start("train", folder, 2, fsdp=True, sgd=sgd, stop_at=2, **SIX_STEPS), 128 + signal.SIGTERM)
     assert errors.count("interrupted at step 2 of 6; the same command goes on from there") == 1
     if second == "one process":
         alone(folder, sgd=sgd, **SIX_STEPS)
     else:
-        assert "resumed at step 2 of 6" in done(start("train", folder, 2, sgd=sgd, **SIX_STEPS))[0]
+        assert "resumed at step 2 of 6" in crew.do("train", folder, sgd=sgd, **SIX_STEPS)
     resumed(alone(tmp_path / "whole", sgd=sgd, **SIX_STEPS), folder, sgd)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sgd", [True, False], ids=["sgd", "adamw"])
-def test_stopped_on_one_process_and_resumed_with_parts_and_again_once_finished(tmp_path, sgd):
+def test_stopped_on_one_process_and_resumed_with_parts_and_again_once_finished(crew, tmp_path, sgd):
     folder = tmp_path / "moved"
     with pytest.raises(Interrupted):
         alone(folder, sgd=sgd, stop_at=2, **SIX_STEPS)
-    output, _ = done(start("train", folder, 2, fsdp=True, sgd=sgd, **SIX_STEPS))
+    output = crew.do("train", folder, fsdp=True, sgd=sgd, **SIX_STEPS)
     assert output.count("resumed at step 2 of 6") == 1
     resumed(alone(tmp_path / "whole", sgd=sgd, **SIX_STEPS), folder, sgd)
     weights = (folder / "weights-0.safetensors").read_bytes()
-    output, _ = done(start("train", folder, 2, fsdp=True, sgd=sgd, **SIX_STEPS))
+    output = crew.do("train", folder, fsdp=True, sgd=sgd, **SIX_STEPS)
     assert "trained already, 6 steps" in output and (folder / "weights-0.safetensors").read_bytes() == weights
 
 
@@ -189,8 +190,8 @@ def resumed(whole, found, sgd):
 
 
 @pytest.mark.slow
-def test_a_nan_on_one_rank_is_skipped_by_all(tmp_path):
-    done(start("nan", tmp_path, 2, fsdp=True, **UNCLIPPED))
+def test_a_nan_on_one_rank_is_skipped_by_all(crew, tmp_path):
+    crew.do("nan", tmp_path, fsdp=True, **UNCLIPPED)
     assert json.loads((tmp_path / "history.json").read_text())[-1]["skipped_steps"] == 1
     assert all(value.isfinite().all() for value in load_file(tmp_path / "weights-0.safetensors").values())
 

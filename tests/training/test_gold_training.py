@@ -17,7 +17,7 @@ from stages.training import opening
 from stages.training.curves import tracked_name
 from stages.training.trainer import Trainer
 from tests.compute.test_out_of_memory import CUDA, assert_same_but_for_the_wrapper, scarce_rag
-from tests.compute.test_ranks import THREE_STEPS, alone, assert_same, done, start
+from tests.compute.test_ranks import THREE_STEPS, alone, assert_same
 from tests.rag.test_gold import WORDS
 from tests.test_kinds_of_questions import rows
 from tests.test_params import changed
@@ -206,9 +206,9 @@ def test_training_takes_the_positives_that_the_warm_up_takes_and_validation_none
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [False, True])
-def test_however_many_ranks_share_an_update_it_is_the_same(tmp_path, fsdp):
+def test_however_many_ranks_share_an_update_it_is_the_same(crew, tmp_path, fsdp):
     settings = {"golds": GOLDS, "positives_weight": 0.7, **THREE_STEPS, "max_grad_norm": 1e9}
-    done(start("train", tmp_path / "ranks", 2, batch_size=4, gradient_accumulation_steps=2, fsdp=fsdp, **settings))
+    crew.do("train", tmp_path / "ranks", batch_size=4, gradient_accumulation_steps=2, fsdp=fsdp, **settings)
     whole = alone(tmp_path / "alone", batch_size=8, gradient_accumulation_steps=1, **settings)
     assert_same(whole, tmp_path / "ranks", 1 if fsdp else 2)
 

@@ -15,7 +15,7 @@ from stages.training.throughput import training_flop, weights_by_tokens
 from stages.training.trainer import Trainer
 from stages.training.validation import validation_loss
 from tests.compute.test_out_of_memory import CUDA, assert_same_but_for_the_wrapper, scarce_rag
-from tests.compute.test_ranks import THREE_STEPS, alone, assert_same, done, start
+from tests.compute.test_ranks import THREE_STEPS, alone, assert_same
 from tests.rag.test_families import rag_of
 from tests.rag.test_together import EVERYTHING, batch_of, forward, summed
 from tests.tiny_rag import ANSWERS, LENGTHS, NEW, QUESTIONS, SETTINGS, TOGETHER, tiny_rag
@@ -192,9 +192,9 @@ def test_it_learns_and_transformers_own_class_loads_what_it_leaves(family, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gradient", ["emdr2", "perplexity_distillation"])
-def test_however_many_ranks_share_an_update_it_is_the_same(tmp_path, gradient):
+def test_however_many_ranks_share_an_update_it_is_the_same(crew, tmp_path, gradient):
     settings = {"recipe": TOGETHER | {"retriever_gradient": gradient}, **THREE_STEPS}
-    done(start("train", tmp_path / "ranks", 2, batch_size=4, gradient_accumulation_steps=2, **settings))
+    crew.do("train", tmp_path / "ranks", batch_size=4, gradient_accumulation_steps=2, **settings)
     whole = alone(tmp_path / "alone", batch_size=8, gradient_accumulation_steps=1, **settings)
     assert_same(whole, tmp_path / "ranks", 2)
 
@@ -209,8 +209,8 @@ def test_however_many_ranks_share_an_update_it_is_the_same(tmp_path, gradient):
     ],
     ids=["bart", "t5, three questions", "gradient checkpointing"],
 )
-def test_with_fsdp_too(tmp_path, settings):
+def test_with_fsdp_too(crew, tmp_path, settings):
     settings = {"recipe": TOGETHER, **THREE_STEPS, "max_grad_norm": 1e9} | settings
-    done(start("train", tmp_path / "ranks", 2, fsdp=True, **settings))
+    crew.do("train", tmp_path / "ranks", fsdp=True, **settings)
     whole = alone(tmp_path / "alone", **settings)
     assert_same(whole, tmp_path / "ranks")
