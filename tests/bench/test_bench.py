@@ -39,8 +39,8 @@ def test_the_old_recipe_trains_one_question_a_pass():
 
 
 def test_passages_read_together_train_and_have_no_counterpart():
-    found = measuring.bench_train(options("train", "--reading", "together", "--n-docs", "7"), CPU)
-    assert (found["reading"], found["n_docs"]) == ("together", 7)
+    found = measuring.bench_train(options("train", "--reading", "together", "--n-docs", "3"), CPU)
+    assert (found["reading"], found["n_docs"]) == ("together", 3)
     assert 30 < found["ours"]["train_loss_per_sequence"] < 90
     for more, says in ((("--against", "transformers"), "read each passage"), (("--recipe", "old"), "old recipe")):
         with pytest.raises(ValueError, match=says):
