@@ -12,16 +12,20 @@ from unittest.mock import patch
 from stages.machine.entry import run
 
 
-def run_stage(folder: Path, stage: str) -> CompletedProcess:
-    """As `python -m stages.STAGE` by hand in the folder: its exit code and what it printed.
+def run_stage(folder: Path, stage: str, *arguments: str, text: str = "") -> CompletedProcess:
+    """As `python -m stages.STAGE` by hand in the folder, a command's too: its exit code and what it printed.
 
-    What no user's mistake explains is raised. The fingerprint of a training is another one than in a process of its own,
-    because it holds all code that is loaded.
+    `text` is its standard input.
+
+    What no user's mistake explains is raised. The code is the checkout's, not a copy of it in the folder. The fingerprint of a
+    training is another one than in a process of its own, because it holds all code that is loaded.
     """
     output, errors, code = io.StringIO(), io.StringIO(), 0
     own = {name: value for name, value in os.environ.items() if not name.startswith(("DVC", "MLFLOW"))}
+    given = io.TextIOWrapper(io.BytesIO(text.encode()))
     with (
-        contextlib.chdir(folder), patch.dict(os.environ, own, clear=True), patch.object(sys, "argv", [stage]),
+        contextlib.chdir(folder), patch.dict(os.environ, own, clear=True),
+        patch.object(sys, "argv", [stage, *arguments]), patch.object(sys, "stdin", given),
         contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors),
     ):  # fmt: skip
         try:
