@@ -6,11 +6,11 @@ before a message), a block for each passage, and a tail: question, cue and answe
 the tail sees everything, nobody sees what stands behind.
 
 - Positions. Every passage starts at the same one, behind the prefix; the tail starts behind the longest passage that is
-  there (PCW's choice; block attention gives each passage its place in the prompt). Not behind the longest that there may
-  be: that would put a gap before the question, of which the model knows none. So distances stay those of a prompt with
-  one passage, a single passage has exactly the likelihood that it has when read each, and the model needs the positions of
-  one context however many passages there are.
-- The prefix is there once, as in PCW: the tail would otherwise see it once for each passage.
+  there (as in PCW's code; block attention gives each passage its place in the prompt). Not behind the longest that there
+  may be: that would put a gap before the question, of which the model knows none. So distances stay those of a prompt
+  with one passage, a single passage has exactly the likelihood that it has when read each, and the model needs the
+  positions of one context however many passages there are.
+- The prefix is there once, as in PCW's code: the tail would otherwise see it once for each passage.
 - There is no separator, which would make the first passage another one than the rest. So the states of a passage depend on
   nothing but its tokens and the prefix, and the likelihood of an answer not on the order of the passages.
 - Time and memory grow with the number of tokens, not with its square: no token sees more than a block, but the tail's.

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.generation import marginalization
-from stages.generation.blocks import FAMILIES, fits
+from stages.generation.blocks import FAMILIES, Blocks, PackedBlocks, causal_attention, fits
 from stages.generation.generator import generator_from
 from stages.packed import packing
 from stages.rag.opening import open_rag
@@ -25,6 +25,7 @@ GPT2 = dict(n_embd=32, n_layer=2, n_head=4, n_positions=72, resid_pdrop=0.0, emb
 ROWS = torch.tensor([[4, 0, 7], [1, -1, 5], [-1, 2, -1], [-1, -1, -1]])
 SOME = [0, 3, 5, 6]
 PREFIX = [0, 77]
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="FlashAttention needs a GPU")
 
 
 def rag_of(family="llama", prefix=(), n_docs=3):
@@ -263,3 +264,32 @@ def test_only_what_sees_the_whole_text_can_read_so():
         open_rag(
             rag.encoder, rag.generator, rag.index, rag.passages, 3, LENGTHS, torch.device("cpu"), reading="parallel"
         )
+
+
+@on_gpu
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_the_kernel_is_attention_with_a_mask(prefix):
+    """Results and gradients of both calls, of prompts with all, some and no passages."""
+    ends = prefix + torch.tensor([[70, 71, 104], [0, 33, 33], [0, 0, 0]], device="cuda")
+    mask = torch.arange(prefix + 125, device="cuda") < prefix + torch.tensor([[125], [50], [9]], device="cuda")
+    read = PackedBlocks.of(Blocks.of(ends, prefix, mask.shape[1]), mask)
+    seen = Blocks.of(ends, prefix, mask.shape[1]).seen() & mask[:, None, None]
+    torch.manual_seed(0)
+    parts = [torch.randn(len(read.positions), heads, 64, device="cuda").bfloat16() for heads in (9, 3, 3)]
+    weights = torch.randn(len(read.positions), 9, 64, device="cuda")
+
+    def with_gradients(parts, attend):
+        parts = [part.requires_grad_() for part in parts]
+        mixed = attend(*parts)
+        return [mixed, *torch.autograd.grad((mixed.float() * weights).sum(), parts)]
+
+    def masked(query, key, value):
+        key, value = key.repeat_interleave(3, 1), value.repeat_interleave(3, 1)
+        padded = [read.prompts.unpack(part).transpose(1, 2) for part in (query, key, value)]
+        mixed = torch.nn.functional.scaled_dot_product_attention(*padded, attn_mask=seen, scale=0.2)
+        return read.pack(mixed.transpose(1, 2))
+
+    found = with_gradients(parts, lambda *given: causal_attention(*given, read, scale=0.2))
+    expected = with_gradients([part.detach().float() for part in parts], masked)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.float() - other).norm() / other.norm() < 0.01

@@ -10,9 +10,11 @@ from stages.rag.opening import open_rag
 from stages.storage.checkpoints import Checkpoints
 from stages.training.trainer import Trainer
 from stages.training.validation import validation_loss
+from tests.compute.test_ranks import alone
 from tests.evaluation.test_answering import SETTINGS as ASKING
 from tests.rag.test_parallel import batch_of, rag_of
 from tests.tiny_rag import ANSWERS, LENGTHS, NEW, QUESTIONS, SETTINGS, TOGETHER
+from tests.training.test_fsdp import UNCLIPPED, assert_equal, sharded
 from tests.training.test_trainer import SGD_STEP, Killed, assert_same_weights, sgd, untimed  # noqa: F401
 
 PARALLEL = NEW.model_copy(update=TOGETHER | {"reading": "parallel"})
@@ -70,3 +72,9 @@ def test_it_learns_is_saved_and_answers_with_the_probability_that_it_was_trained
         with torch.no_grad():
             nll = again(batch, marginal="sequence", reading="parallel", retriever_gradient="none").nll.item()
         assert given.log_prob >= -nll - 1e-3  # more where candidates that read alike are one answer
+
+
+@pytest.mark.slow
+def test_with_fsdp_too_where_prompts_are_padded(tmp_path):
+    settings = {"recipe": TOGETHER | {"reading": "parallel"}, "generator": "llama", **UNCLIPPED}
+    assert_equal(alone(tmp_path / "alone", **settings), sharded(tmp_path / "ranks", **settings))
