@@ -1,12 +1,14 @@
-"""What the warm-up teaches goes on beside the answers: -log p(gold passages | x), p the prior over all candidates.
+"""What the warm-up teaches goes on beside the answers: -log p(gold passages | x), p the prior over what competes with them.
 
 The marginal's gradient, prior minus posterior over the n_docs passages read, orders these alone. Here the passages that are
-known to be right compete with all that retrieval found: rerank_depth candidates with a reranker, else those of dense search
-and BM25 together, or of dense search alone. Inner products and the prior's weights get their gradient from all of them.
-What a pass through a model would have to give does not: the cross-encoder (and a context encoder that trains) learns from
-the passages read, which it scores with gradient anyway, and from one gold passage beside them. The other candidates' scores,
-which the ranking has computed without gradient, enter as constants: scoring 50 candidates once more, forth and back, would
-cost ten times what the five passages read do.
+known to be right compete with what retrieval found: all candidates of dense search and BM25 together, or of dense search
+alone. Where a model scores passages anew in each step, a reranker or a context encoder that trains, these would be fifty
+passes forth and back; there the passages read compete, one gold passage beside them and two candidates from further down.
+
+All of these are scored with gradient. Candidates whose scores enter as constants would push the scores of the others up for
+ever: a softmax does not change where all scores grow, but its gradient on a part of them has a sum, and an optimizer that
+divides by the gradient's size follows it. On 200,000 Wikipedia passages that took a reranker's own recall@1 from 75.8 to 58.4
+in 2,600 steps.
 """
 
 from typing import Any
@@ -21,6 +23,8 @@ from stages.rag.ranked import ranked
 from stages.search.fusion import lexical_scores
 from stages.search.passage_index import doc_scores
 
+FURTHER = (0.1, 0.4)  # of the candidates that are not read, how far down they lie that are scored beside those that are
+
 
 def retrieve_with_golds(rag: Any, question_vectors: Tensor, batch: RagBatch) -> tuple[Tensor, Tensor, Tensor]:
     """`Rag.retrieve` of a batch with `golds`: rows and scores [B, K] of the passages read and, nats a question [B],
@@ -28,26 +32,23 @@ def retrieve_with_golds(rag: Any, question_vectors: Tensor, batch: RagBatch) -> 
 
     A question that reads none of its gold passages gets one beside them: the best of its candidates or, where none is one,
     the first, with its score by the same weights; BM25's as fusion.py has it for a passage outside of the hits. Further
-    gold passages count as far as they are candidates.
+    gold passages count as far as they compete.
     """
     every = ranked(rag, question_vectors.detach(), batch.hits, batch.asked, everything=True)
     read, rest = every.rows[:, : rag.n_docs], every.rows[:, rag.n_docs :]
     beside = gold_beside(read, rest, batch.golds)
     rest = rest.masked_fill(rest == beside, -1)
-    scored = torch.cat([read, beside], dim=1)
-    rows = torch.cat([scored, rest], dim=1)
+    places = list(range(rest.shape[1]))
+    if rag.reranker or rag.passage_encoder:
+        places = sorted({int(share * len(places)) for share in FURTHER}) if places else []
+    rows = torch.cat([read, beside, rest[:, places]], dim=1)
     lexical = crossed = None
     if batch.hits is not None:
         of_read, of_rest = every.lexical[:, : rag.n_docs], every.lexical[:, rag.n_docs :]
-        lexical = torch.cat([of_read, lexical_scores(beside, batch.hits)[0], of_rest], dim=1)
+        lexical = torch.cat([of_read, lexical_scores(beside, batch.hits)[0], of_rest[:, places]], dim=1)
     if rag.reranker:
-        crossed = torch.cat(
-            [rag.reranker.scores_of_present(batch.asked, scored), every.crossed[:, rag.n_docs :]], dim=1
-        )
-    if rag.passage_encoder:
-        passages = torch.cat([rag.passage_encoder.vectors(scored).float(), rag.passage_vectors(rest)], dim=1)
-    else:
-        passages = rag.passage_vectors(rows)
+        crossed = rag.reranker.scores_of_present(batch.asked, rows)
+    passages = rag.passage_encoder.vectors(rows) if rag.passage_encoder else rag.passage_vectors(rows)
     scores = combined(rag.prior(), doc_scores(question_vectors, passages, rows), lexical, crossed)
     return read, scores[:, : rag.n_docs], gold_nll(scores, is_gold(rows, batch.golds))
 
