@@ -13,7 +13,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
@@ -24,11 +23,9 @@ from transformers import (
 from stages.corpus.text_tokens import text_rows
 from stages.corpus.token_store import TokenStore
 from stages.encoders.encoder import ROOTS
-from stages.encoders.loading import ARCHITECTURES, BERT_LIKE, load_encoder, one_line
+from stages.encoders.loading import ARCHITECTURES, BERT_LIKE, found_model, load_encoder, one_line
 from stages.encoders.packed_bert import PackedBody
-from stages.encoders.sentence_layout import read_layout
 from stages.packed.packing import Packing
-from stages.storage.outside_files import hint, split_revision
 
 FEWEST_PASSAGE_TOKENS = 16
 
@@ -165,17 +162,7 @@ def load_cross_encoder(path_or_name: str, key: str = "models.reranker", weights:
     Without `weights` its model is made of the configuration alone, on the meta device. Raises ValueError, which names the
     parameter `key`.
     """
-    nothing = f"{key}: no model at '{path_or_name}'"
-    try:
-        layout = read_layout(path_or_name, key)
-    except OSError as error:
-        raise ValueError(f"{nothing} ({one_line(error)}); give a folder or a hub name{hint(path_or_name)}") from None
-    source, within = split_revision(path_or_name)
-    within |= {"subfolder": layout.subfolder} if layout.subfolder else {}
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **within)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{nothing} ({one_line(error)}); give a folder or a hub name{hint(path_or_name)}") from None
+    _, source, within, config = found_model(path_or_name, key)
     architecture = (config.architectures or ["?"])[0]
     if architecture in ARCHITECTURES:
         encoder = load_encoder(path_or_name, key, weights=weights)

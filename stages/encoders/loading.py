@@ -6,16 +6,41 @@ import inspect
 
 import torch
 from safetensors import SafetensorError
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoTokenizer, DPRContextEncoder, DPRQuestionEncoder
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    DPRContextEncoder,
+    DPRQuestionEncoder,
+    PreTrainedConfig,
+)
 
 from stages.corpus.text_tokens import special_ids
 from stages.encoders.encoder import ROOTS, Encoder
-from stages.encoders.sentence_layout import read_layout
+from stages.encoders.sentence_layout import SentenceLayout, read_layout
 from stages.storage.model_folders import OTHERWISE, RAG_TOKENIZERS, typed_parts
 from stages.storage.outside_files import hint, split_revision
 
 ARCHITECTURES = {"DPRQuestionEncoder": DPRQuestionEncoder, "DPRContextEncoder": DPRContextEncoder}
 BERT_LIKE = ("bert", "roberta", "xlm-roberta", "camembert", "mpnet", "distilbert", "electra", "modernbert")
+
+
+def found_model(path_or_name: str, key: str) -> tuple[SentenceLayout, str, dict[str, str], PreTrainedConfig]:
+    """How a folder or repository is laid out, its name without a revision, what says where in it the model lies, and that
+    model's configuration. Raises ValueError, which names the parameter `key`, where there is none."""
+    nothing = f"{key}: no model at '{path_or_name}'"
+    try:
+        layout = read_layout(path_or_name, key)
+    except OSError as error:
+        raise ValueError(f"{nothing} ({one_line(error)}); give a folder or a hub name{hint(path_or_name)}") from None
+    source, within = split_revision(path_or_name)
+    within |= {"subfolder": layout.subfolder} if layout.subfolder else {}
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **within)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{nothing} ({one_line(error)}); give a folder or a hub name{hint(path_or_name)}") from None
+    return layout, source, within, config
 
 
 def load_encoder(
@@ -33,18 +58,7 @@ def load_encoder(
     of passages) take what the folder says: its sentence-transformers files, DPR's own pooler, else the first state,
     unscaled. Without `weights` its model is made of the configuration alone, on the meta device. Raises ValueError.
     """
-    nothing = f"{key}: no model at '{path_or_name}'"
-    try:
-        layout = read_layout(path_or_name, key)
-    except OSError as error:
-        raise ValueError(f"{nothing} ({one_line(error)}); give a folder or a hub name{hint(path_or_name)}") from None
-    source, within = split_revision(path_or_name)
-    if layout.subfolder:
-        within["subfolder"] = layout.subfolder
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **within)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{nothing} ({one_line(error)}); give a folder or a hub name{hint(path_or_name)}") from None
+    layout, source, within, config = found_model(path_or_name, key)
     from_rag = config.model_type == "rag" and key == "models.question_encoder"
     architecture = "DPRQuestionEncoder" if from_rag else (config.architectures or ["?"])[0]
     if from_rag and config.question_encoder.model_type != "dpr":
