@@ -74,6 +74,7 @@ def main() -> None:
 
     from stages.compute import ranks
     from stages.training import trainer
+    from stages.training.accumulation import Accumulation
 
     torch.set_num_threads(1)
     with ranks.group(torch.device("cpu")):
@@ -88,7 +89,7 @@ def main() -> None:
             output = io.StringIO()
             with (
                 redirect_stdout(output), patch.object(trainer, "make_optimizer", trainer.make_optimizer),
-                patch.object(trainer.Trainer, "_accumulate", trainer.Trainer._accumulate),
+                patch.multiple(Accumulation, add=Accumulation.add, gradients=Accumulation.gradients),
             ):  # fmt: skip
                 ranked.do(work, Path(folder), **settings)
             _write(place / f"{number}-{ranks.rank()}.txt", output.getvalue())

@@ -92,17 +92,17 @@ def out_of_memory(folder: Path, room: int = 1, validating: bool = False, **setti
 
     from stages.compute import ranks
     from stages.rag.model import Rag
-    from stages.training import trainer
+    from stages.training.accumulation import Accumulation
 
     def refuse(questions: int) -> None:
         if ranks.rank() == ranks.world() - 1 and questions > room:
             raise torch.OutOfMemoryError("out of memory, says the test")
 
-    accumulate, forward = trainer.Trainer._accumulate, Rag.forward
+    add, forward = Accumulation.add, Rag.forward
 
     def limited(self, examples, passes, *rest):
         refuse(max(map(len, passes)))
-        accumulate(self, examples, passes, *rest)
+        add(self, examples, passes, *rest)
 
     def limited_forward(self, batch, *rest, **named):
         if not torch.is_grad_enabled():
@@ -112,22 +112,24 @@ def out_of_memory(folder: Path, room: int = 1, validating: bool = False, **setti
     if validating:
         Rag.forward = limited_forward
     else:
-        trainer.Trainer._accumulate = limited
+        Accumulation.add = limited
     return train(folder, **settings)
 
 
 def not_finite(folder: Path, **settings):
     """In the second step one rank's gradient is NaN."""
+    from dataclasses import replace
+
     from stages.compute import ranks
-    from stages.training import trainer
+    from stages.training.accumulation import Accumulation
 
-    original = trainer.Trainer._accumulate
+    original = Accumulation.gradients
 
-    def poisoned(self, examples, passes, shares, divisor, *rest):
-        bad = ranks.is_main() and self.progress.step == 1
-        original(self, examples, passes, shares, float("nan") if bad else divisor, *rest)
+    def poisoned(self, training, update, progress, window):
+        bad = ranks.is_main() and progress.step == 1
+        original(self, training, replace(update, divisor=float("nan")) if bad else update, progress, window)
 
-    trainer.Trainer._accumulate = poisoned
+    Accumulation.gradients = poisoned
     return train(folder, **settings)
 
 

@@ -69,6 +69,11 @@ class Window:
     waits: DeviceGaps | None = None  # and since
     started: float = field(default_factory=time.perf_counter)
 
+    @classmethod
+    def on(cls, device: torch.device) -> "Window":
+        """An empty one that begins now."""
+        return cls(waits=DeviceGaps(device))
+
     def state(self) -> dict:
         """The sums, to be given back to `restore`: of this window, or of another process's that goes on with it."""
         sums = {

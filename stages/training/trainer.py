@@ -1,7 +1,7 @@
 """The training loop: one code for every recipe.
 
 accelerate carries precision, loss scaling, clipping and devices; the arithmetic of a step (which questions, divided by
-what) comes from recipes.py, the loss from model.py. A step is an optimizer step.
+what) comes from recipes.py, its gradients from accumulation.py, the loss from rag/model.py. A step is an optimizer step.
 """
 
 import math
@@ -14,27 +14,22 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from stages.compute import ranks
-from stages.compute.out_of_memory import SingleQuestion, free_memory, halved, is_out_of_memory, split
-from stages.corpus.epochs import epoch_shares
 from stages.machine.signals import Interrupted
 from stages.params import Recipe, Train
-from stages.rag.ahead import finds_ahead, found_ahead
 from stages.rag.batches import Examples
 from stages.rag.model import Rag
-from stages.storage import checkpoints as checkpointing
 from stages.storage.checkpoints import Checkpoints
 from stages.training import fsdp
+from stages.training.accumulation import Accumulation
 from stages.training.checkpointing import Keeper
-from stages.training.gradient_sums import GradientSums
 from stages.training.index_refresh import Refresh
 from stages.training.optimizer import clipped_norms, make_optimizer, make_schedule
 from stages.training.progress import Progress, Window
 from stages.training.recipes import Update, check_ranks, updates
 from stages.training.skipped_steps import Skips, step_unless
-from stages.training.throughput import DeviceGaps, gpu_use_of_ranks, matrix_rate, training_flop, weights_by_tokens
+from stages.training.throughput import gpu_use_of_ranks, matrix_rate, training_flop, weights_by_tokens
 from stages.training.validation import VALIDATION_BATCH, validation_loss
 
-FOUND_AHEAD = 64  # questions encoded at once for the forward passes of an update: little beside a generator's contexts
 SHOWN = {"loss": "train_loss_per_sequence", "val_loss": "val_loss_per_sequence"}  # in the bar
 
 
@@ -52,12 +47,10 @@ class Trainer:
         if settings.gradient_checkpointing:
             rag.compute_activations_again()
         # Precision only ("evaluation"): DDP would average gradients, but an update is the sum over all questions.
-        self.model = self.accelerator.prepare_model(rag, device_placement=False, evaluation_mode=True)
+        model = self.accelerator.prepare_model(rag, device_placement=False, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare_optimizer(make_optimizer(rag, settings))
         self.schedule = make_schedule(self.optimizer.optimizer, settings)
-        # A sharded model's gradients are sums already.
-        self.sums = GradientSums.of(rag) if ranks.world() > 1 and not self.sharded else None
-        self.met = False  # whether no rank searches any more in the present update
+        self.accumulation = Accumulation(rag, model, self.optimizer, self.accelerator, recipe, settings, seed)
         self.progress = Progress()
         self.refresh = Refresh(rag, settings.index_refresh_steps, settings.max_steps)
         self.skips = skips or Skips(settings.max_skipped_steps)
@@ -89,8 +82,7 @@ class Trainer:
             with fsdp.memory_errors(self.rag):
                 self._run(training, validation, on_point, asked_to_stop)
         finally:
-            if self.sums:
-                self.sums.close()
+            self.accumulation.close()
             self.refresh.close()
             self.keeper.close()
 
@@ -102,7 +94,7 @@ class Trainer:
             self.progress = finished
             self._say(f"trained already, {self.progress.step} steps: the model is written again")
             return
-        window = self._window()
+        window = Window.on(self.accelerator.device)
         resumed = self.keeper.resume(window, self.accelerator.device)
         self.progress = resumed or self.progress
         progress, settings = self.progress, self.settings
@@ -127,7 +119,7 @@ class Trainer:
             point = self.refresh.after(progress.step)
             if last or progress.step % settings.logging_steps == 0:
                 point |= self._summary(window, norms)
-                window = self._window()
+                window = Window.on(self.accelerator.device)
             if last or progress.step % settings.eval_steps == 0:
                 pause = time.perf_counter()
                 point |= self._validate(validation)
@@ -177,145 +169,28 @@ class Trainer:
         """Takes updates from the stream until one is applied; returns gradient norms."""
         while True:
             update = next(stream)
-            self._accumulate_all(training, update, window)
+            self.accumulation.gradients(training, update, self.progress, window)
             self.progress.updates_taken += 1
             self.progress.questions_seen += update.questions
             if update.applied:
                 break
-            self._zero_grad()
+            self.accumulation.zero_grad()
         self.accelerator.unscale_gradients()
         norms = clipped_norms(self.rag, self.settings.max_grad_norm)
         self._step_if_finite(update.rows, norms["gradient_norm"])
         self.rag.weights_changed()
         if not self.accelerator.optimizer_step_was_skipped:  # fp16's loss scaling drops steps that overflow
             self.schedule.step()
-        self._zero_grad()
+        self.accumulation.zero_grad()
         window.waits.open()  # again: the optimizer's work is no waiting
         self.progress.step += 1
         window.steps += 1
         return norms
 
-    def _window(self) -> Window:
-        return Window(waits=DeviceGaps(self.accelerator.device))
-
-    def _accumulate_all(self, training: Examples, update: Update, window: Window) -> None:
-        """The gradients of an update; where memory runs out, anew from zero in forward passes of half the size.
-
-        Of a rank's share, and then the sums over the ranks; where one rank runs out of memory, all of them begin anew, or end
-        where it had no room for a single question. With FSDP none begins anew, and who has fewer passes makes further ones
-        that weigh nothing.
-        """
-        before, random = window.state(), checkpointing.random_state()
-        drawn = self.settings.answers == "drawn"
-        shares = epoch_shares(len(training), self.seed, update.epoch) if drawn else None
-        while True:
-            passes, groups = [], []
-            failed = size = ranks.NOBODY
-            self.met = False
-            try:
-                passes = split(self._share(update), self.progress.micro_batch)
-                missing = fsdp.missing_passes(self.rag, len(passes))
-                groups = self._together(passes)
-                for group in groups:
-                    self._accumulate(training, group, shares, update.divisor, window, group is groups[-1])
-                for _ in range(missing):
-                    self._accumulate(training, [update.rows[:1]], shares, math.inf, self._window())
-            except (RuntimeError, MemoryError) as error:
-                if self.sharded or not (self.settings.halve_on_oom and is_out_of_memory(error)):
-                    raise
-                failed = max(map(len, passes))
-                # A single question may fit where others' vectors are not kept beside it.
-                size = halved(failed) if failed > 1 or len(groups) == len(passes) else 1
-            self._meet()
-            if self.sums:  # who failed takes part: others may have begun
-                self.sums.finish()
-            failed, size = ranks.least([failed, size])
-            if size == ranks.NOBODY:
-                return
-            if not size:
-                raise SingleQuestion
-            self._zero_grad()
-            free_memory()
-            window.restore(before, self.accelerator.device)
-            checkpointing.set_random_state(random)
-            self._note_halving(failed, size)
-
-    def _meet(self) -> None:
-        """Once an update, behind its last search: no rank has any more from here on."""
-        if not self.met:
-            self.rag.index.finish_searches()
-        self.met = True
-
-    def _zero_grad(self) -> None:
-        (self.sums.zero if self.sums else self.optimizer.zero_grad)()
-
-    def _share(self, update: Update) -> list[list[int]]:
-        """The forward passes of this rank: a share of the update's questions, batch_size together."""
-        if ranks.world() == 1:
-            return update.micro_batches
-        return split([ranks.share(update.rows)], self.settings.batch_size)
-
-    def _note_halving(self, failed: int, size: int) -> None:
-        self.progress.micro_batch = size
-        step = self.progress.step + 1
-        self.progress.halvings.append(f"step {step}: {failed} -> {size}")
-        self._say(
-            f"out of memory at step {step} with {failed} questions a forward pass: {size} from here on, the same update "
-            f"in more passes (train.batch_size: {size} saves the attempt)"
-        )
-
     def _step_if_finite(self, rows: list[int], gradient_norm: torch.Tensor) -> None:
         bad = ~torch.isfinite(gradient_norm)
         step_unless(bad, self.optimizer, scaled=self.accelerator.scaler is not None)
         self.skips.note(self.progress.step + 1, rows, bad, self.progress)
-
-    def _together(self, passes: list[list[int]]) -> list[list[list[int]]]:
-        """The forward passes in groups whose questions are encoded and searched for at once, FOUND_AHEAD at most.
-
-        Not where memory ran out, nor where the recipe forwards one question at a time on purpose.
-        """
-        each = self.recipe.reading == "each" and self.recipe.batching == "true_batches"
-        ahead = each and finds_ahead(self.rag) and self.progress.micro_batch is None
-        size = max(1, FOUND_AHEAD // max(map(len, passes), default=1)) if ahead else 1
-        return [passes[first : first + size] for first in range(0, len(passes), size)]
-
-    def _accumulate(
-        self, training: Examples, passes: list[list[int]], shares: torch.Tensor | None, divisor: float, window: Window,
-        last: bool = False,
-    ) -> None:  # fmt: skip
-        """Adds the gradients of these forward passes, of which all but one want `finds_ahead`; `last` of the update."""
-        if window.waits.opened is None:
-            window.waits.open()
-        batch = self.rag.batch(training, [row for rows in passes for row in rows], shares)
-        window.waits.close()
-        ends, parts = [], [(batch, None)]
-        if len(passes) > 1:
-            with self.accelerator.autocast():
-                sizes = [len(rows) for rows in passes]
-                ends, parts = found_ahead(self.rag, batch, sizes, self.recipe.retriever_gradient)
-        for part, found in parts:
-            output = self.model(
-                part,
-                marginal=self.recipe.marginalization,
-                retriever_gradient=self.recipe.retriever_gradient,
-                label_smoothing=self.settings.label_smoothing,
-                reading=self.recipe.reading,
-                found=found,
-            )
-            loss = output.nll.sum()
-            if output.retriever_loss is not None:
-                loss = loss + output.retriever_loss.sum()
-            if output.gold_nll is not None:
-                loss = loss + self.settings.positives_weight * output.gold_nll.sum()
-            if self.sums and last and part is parts[-1][0]:
-                self._meet()  # on GPUs searches and sums share NCCL, where every rank must have them in the same order
-                self.sums.last_pass()
-            self.accelerator.backward(loss / divisor)
-            window.add(part, output)
-        reached = [(before, cut.grad) for before, cut in ends if cut.grad is not None]
-        if reached:
-            torch.autograd.backward(*zip(*reached, strict=True))
-        window.waits.open()
 
     def _summary(self, window: Window, norms: dict[str, torch.Tensor]) -> dict[str, float]:
         self.skips.settle(self.progress)

@@ -15,6 +15,7 @@ from stages.rag.prior import PriorWeights, Weights
 from stages.storage.checkpoints import Checkpoints
 from stages.training import opening
 from stages.training.curves import tracked_name
+from stages.training.progress import Window
 from stages.training.trainer import Trainer
 from tests.compute.test_out_of_memory import CUDA, assert_same_but_for_the_wrapper, scarce_rag
 from tests.compute.test_ranks import THREE_STEPS, alone, assert_same
@@ -91,7 +92,7 @@ def test_the_gradient_is_the_answers_and_so_many_times_the_gold_passages():
     expected = gradient(lambda output: (output.nll.sum() + 0.7 * output.gold_nll.sum()) / 9)
     rag.zero_grad()
     examples = rag.examples(QUESTIONS, ANSWERS, None, GOLDS)
-    trainer._accumulate(examples, [list(range(9))], None, 9, trainer._window())
+    trainer.accumulation.add(examples, [list(range(9))], None, 9, Window.on(trainer.accelerator.device))
     found = [p.grad for p in rag.parameters() if p.grad is not None]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

@@ -11,6 +11,7 @@ from stages.compute import ranks
 from stages.generation.lora import add_lora
 from stages.params import Lora
 from stages.training import gradient_sums
+from stages.training.progress import Window
 from stages.training.recipes import Update
 from stages.training.trainer import Trainer
 from tests.compute.test_ranks import done, start
@@ -67,19 +68,22 @@ def gradients(case: dict, overlapped: bool) -> tuple[dict, int]:
     rag.train()
     early = []
     if overlapped:
-        finish = trainer.sums.finish
-        trainer.sums.finish = lambda: early.append(len(trainer.sums.sent)) or finish()
+        finish = trainer.accumulation.sums.finish
+        trainer.accumulation.sums.finish = lambda: early.append(len(trainer.accumulation.sums.sent)) or finish()
     else:
-        trainer.sums.close()
-        trainer.sums = None
+        trainer.accumulation.sums.close()
+        trainer.accumulation.sums = None
     rows = list(range(case["questions"]))
     if "fails" in case and overlapped:
         fail_once(rag.question_encoder)
     elif "fails" in case:
         trainer.progress.micro_batch = 2
     golds = [[row] for row in range(len(QUESTIONS))] if "golds" in case else None
-    trainer._accumulate_all(
-        rag.examples(QUESTIONS, ANSWERS, golds=golds), Update([rows], len(rows), True), trainer._window()
+    trainer.accumulation.gradients(
+        rag.examples(QUESTIONS, ANSWERS, golds=golds),
+        Update([rows], len(rows), True),
+        trainer.progress,
+        Window.on(trainer.accelerator.device),
     )
     if not overlapped:
         sum_plainly(rag)

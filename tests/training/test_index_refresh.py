@@ -25,6 +25,7 @@ from stages.rag.prior import PriorWeights, Weights
 from stages.search.passage_encoder import PassageEncoder
 from stages.search.passage_index import index_folders, load_index
 from stages.storage.checkpoints import Checkpoints, own_weights
+from stages.training.accumulation import Accumulation
 from stages.training.index_refresh import Refresh, check_ranks
 from stages.training.optimizer import make_optimizer
 from stages.training.trainer import Trainer
@@ -277,14 +278,14 @@ def test_however_a_step_is_cut_up_the_update_is_the_same(monkeypatch):
     whole = run(rag=refreshing_rag(dropout=0.0), batch_size=8, gradient_accumulation_steps=1, **settings)
     parts = run(rag=refreshing_rag(dropout=0.0), batch_size=2, gradient_accumulation_steps=4, **settings)
     assert_same_weights(whole, parts, 1e-6)
-    original = Trainer._accumulate
+    original = Accumulation.add
 
     def limited(self, training, passes, *rest):
         if max(map(len, passes)) > 3:
             raise torch.OutOfMemoryError("out of memory, says the test")
         original(self, training, passes, *rest)
 
-    monkeypatch.setattr(Trainer, "_accumulate", limited)
+    monkeypatch.setattr(Accumulation, "add", limited)
     halved = run(rag=refreshing_rag(dropout=0.0), batch_size=8, gradient_accumulation_steps=1, **settings)
     assert halved.progress.micro_batch == 2
     assert_same_weights(whole, halved, 1e-6)

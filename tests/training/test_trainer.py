@@ -13,6 +13,7 @@ from stages.machine.signals import Interrupted
 from stages.params import load_params
 from stages.storage.checkpoints import Checkpoints
 from stages.training import recipes
+from stages.training.accumulation import Accumulation
 from stages.training.curves import summary
 from stages.training.optimizer import make_optimizer
 from stages.training.trainer import Trainer
@@ -130,14 +131,14 @@ def test_old_recipe_never_moves_the_question_encoder():
 
 def test_old_recipe_forwards_one_question_at_a_time(monkeypatch):
     sizes = []
-    original = Trainer._accumulate
+    original = Accumulation.add
 
     def counted(self, training, passes, *rest):
         sizes.extend(map(len, passes))
         assert len(passes) == 1  # nor are questions encoded together
         original(self, training, passes, *rest)
 
-    monkeypatch.setattr(Trainer, "_accumulate", counted)
+    monkeypatch.setattr(Accumulation, "add", counted)
     run(OLD, batch_size=8, gradient_accumulation_steps=4, max_steps=2)
     assert sizes == [1] * 8
 
@@ -369,7 +370,7 @@ def test_questions_encoded_at_once_for_all_passes_give_the_same_training(sgd, mo
     rag.question_encoder.register_forward_hook(lambda *call: calls.append(rag.training))
     ahead = run(recipe, rag=rag, **settings)
     assert calls.count(True) == 2  # one a step
-    monkeypatch.setattr("stages.training.trainer.FOUND_AHEAD", 1)
+    monkeypatch.setattr("stages.training.accumulation.FOUND_AHEAD", 1)
     each = run(recipe, rag=(rag := tiny_rag()), **settings)
     assert_same_weights(ahead, each, 1e-6)
     for point, other in zip(ahead.progress.history, each.progress.history, strict=True):
