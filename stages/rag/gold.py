@@ -7,8 +7,7 @@ passes forth and back; there the passages read compete, one gold passage beside 
 
 All of these are scored with gradient. Candidates whose scores enter as constants would push the scores of the others up for
 ever: a softmax does not change where all scores grow, but its gradient on a part of them has a sum, and an optimizer that
-divides by the gradient's size follows it. On 200,000 Wikipedia passages that took a reranker's own recall@1 from 75.8 to 58.4
-in 2,600 steps.
+divides by the gradient's size follows it. Forty steps of that took a reranker's own recall@5 from 91 to 13 on the sample.
 """
 
 from typing import Any
