@@ -82,8 +82,8 @@ class LlamaState:
         def mix(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
             layer = next(layers)
             own = self.own[layer]
-            for kept, made in zip(own, (key, value), strict=True):
-                kept[:, :, self.fed : end] = made.unflatten(0, (rows, count)).transpose(1, 2)
+            for place, made in enumerate((key, value)):
+                own[place, :, :, self.fed : end] = made.unflatten(0, (rows, count)).transpose(1, 2)
             query = query.unflatten(0, (rows, count))
             written = attend_before(query, *own[:, :, :, :end], scale)
             return merged(written, self.contexts.read(query, layer, scale)).flatten(0, 1)
