@@ -13,7 +13,7 @@ from transformers import (
     AutoTokenizer,
     DPRContextEncoder,
     DPRQuestionEncoder,
-    PreTrainedConfig,
+    PretrainedConfig,
 )
 
 from stages.corpus.text_tokens import special_ids
@@ -26,7 +26,7 @@ ARCHITECTURES = {"DPRQuestionEncoder": DPRQuestionEncoder, "DPRContextEncoder": 
 BERT_LIKE = ("bert", "roberta", "xlm-roberta", "camembert", "mpnet", "distilbert", "electra", "modernbert")
 
 
-def found_model(path_or_name: str, key: str) -> tuple[SentenceLayout, str, dict[str, str], PreTrainedConfig]:
+def found_model(path_or_name: str, key: str) -> tuple[SentenceLayout, str, dict[str, str], PretrainedConfig]:
     """How a folder or repository is laid out, its name without a revision, what says where in it the model lies, and that
     model's configuration. Raises ValueError, which names the parameter `key`, where there is none."""
     nothing = f"{key}: no model at '{path_or_name}'"

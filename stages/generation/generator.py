@@ -90,7 +90,7 @@ def load_generator(
     is_rag = config.model_type == "rag"
     of_model = config.generator if is_rag else config
     auto_class = AUTO_CLASSES[_family(of_model, path_or_name)]
-    tokenizer = load_tokenizer(path_or_name)
+    tokenizer = load_tokenizer(path_or_name, config if gguf else None)
     if not weights:
         with torch.device("meta"):
             model = auto_class.from_config(of_model)
@@ -110,7 +110,8 @@ def load_generator(
             raise ValueError(
                 f"models.lora.base: {path_or_name} is a GGUF file, which is read in fp32 or bf16; use bf16"
             )
-        model = _unpacked(from_pretrained(auto_class, source, path_or_name, **loading, **gguf, **UNPACK))
+        # With its configuration, or it would be read from all of the file's fields once more, a second or two.
+        model = _unpacked(from_pretrained(auto_class, source, path_or_name, config=config, **loading, **gguf, **UNPACK))
     else:
         model = from_pretrained(auto_class, source, path_or_name, config=config, use_safetensors=True, **loading)
     if getattr(config, CHAT_FLAG, False) and not chat_template:

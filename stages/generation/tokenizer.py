@@ -9,22 +9,23 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import BoolTensor, LongTensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from stages.corpus.text_tokens import text_rows
 from stages.storage.model_folders import RAG_TOKENIZERS, is_saved_part, model_type
 from stages.storage.outside_files import hint, split_revision
 
 
-def load_tokenizer(path_or_name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path_or_name: str, config: PretrainedConfig | None = None) -> PreTrainedTokenizerBase:
     """A generator's tokenizer alone, for tokenizing passages ahead of training. ValueError where there is none.
 
-    That of a GGUF file is the one beside it in its folder, where there is one, else its own.
+    That of a GGUF file is the one beside it in its folder, where there is one, else its own; it need not read the model's
+    `config` again.
     """
     source, gguf = source_of(path_or_name)
     if gguf and (Path(source) / "tokenizer.json").is_file():
         gguf = {}
-    folder, auto_class, options = Path(source), AutoTokenizer, gguf
+    folder, auto_class, options = Path(source), AutoTokenizer, gguf | ({"config": config} if gguf and config else {})
     if is_saved_part(folder) and (folder / "tokenizer.json").is_file():
         # AutoTokenizer prefers a model type's own rules to those of the file, where the two differ.
         auto_class = PreTrainedTokenizerFast
