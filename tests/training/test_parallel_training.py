@@ -75,6 +75,6 @@ def test_it_learns_is_saved_and_answers_with_the_probability_that_it_was_trained
 
 
 @pytest.mark.slow
-def test_with_fsdp_too_where_prompts_are_padded(tmp_path):
+def test_with_fsdp_too_where_prompts_are_padded(crew, tmp_path):
     settings = {"recipe": TOGETHER | {"reading": "parallel"}, "generator": "llama", **UNCLIPPED}
-    assert_equal(alone(tmp_path / "alone", **settings), sharded(tmp_path / "ranks", **settings))
+    assert_equal(alone(tmp_path / "alone", **settings), sharded(crew, tmp_path / "ranks", **settings))
