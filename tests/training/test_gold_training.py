@@ -1,5 +1,6 @@
 """Training with known positives beside the answers: equal updates however they are cut up, kills, curves, and what it is for."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from tests.test_kinds_of_questions import rows
 from tests.test_params import changed
 from tests.tiny_rag import ANSWERS, NEW, QUESTIONS, SETTINGS, TOGETHER, reranked_rag, tiny_rag
 from tests.training.test_index_refresh import refreshing_rag
-from tests.training.test_trainer import SGD_STEP, Killed, assert_same_weights, sgd, untimed  # noqa: F401
+from tests.training.test_trainer import SGD_STEP, assert_same_weights, killed_and_resumed, sgd, untimed  # noqa: F401
 from tests.whole_way import whole_way
 
 # Question i is about passage i; of two the gold passage is not known, one has two of them.
@@ -112,16 +113,8 @@ def test_halved_equals_small_from_the_start(sgd):  # noqa: F811
 def test_killed_and_resumed_equals_never_killed(tmp_path, kind):
     settings = {"max_steps": 6, "save_steps": 2, "logging_steps": 3}
     settings |= {"index_refresh_steps": 2} if kind == "refreshed" else {}
-    whole = run(kind, folder=tmp_path / "whole", **settings)
-
-    def kill(point):
-        if point["step"] >= 5 or kind == "refreshed" and point["step"] == 3:
-            raise Killed
-
-    with pytest.raises(Killed):
-        run(kind, folder=tmp_path / "killed", on_point=kill, **settings)
-    resumed = run(kind, folder=tmp_path / "killed", **settings)
-    assert_same_weights(whole, resumed, 0)
+    killed_at = 3 if kind == "refreshed" else 5
+    whole, resumed = killed_and_resumed(partial(run, kind), tmp_path, killed_at, **settings)
     curves = [[{k: v for k, v in p.items() if k != "refresh_wait"} for p in untimed(one)] for one in (whole, resumed)]
     assert curves[0] == curves[1] and "gold_nll" in curves[0][-1]
 

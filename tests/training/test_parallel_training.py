@@ -15,7 +15,7 @@ from tests.evaluation.test_answering import SETTINGS as ASKING
 from tests.rag.test_parallel import batch_of, rag_of
 from tests.tiny_rag import ANSWERS, LENGTHS, NEW, QUESTIONS, SETTINGS, TOGETHER
 from tests.training.test_fsdp import UNCLIPPED, assert_equal, sharded
-from tests.training.test_trainer import SGD_STEP, Killed, assert_same_weights, sgd, untimed  # noqa: F401
+from tests.training.test_trainer import SGD_STEP, assert_same_weights, killed_and_resumed, sgd, untimed  # noqa: F401
 
 PARALLEL = NEW.model_copy(update=TOGETHER | {"reading": "parallel"})
 
@@ -40,16 +40,7 @@ def test_however_a_step_is_cut_up_the_update_is_the_same(sgd, batch_size, accumu
 @pytest.mark.parametrize("killed_at", [1, 5])
 def test_killed_and_resumed_equals_never_killed(tmp_path, killed_at):
     settings = {"max_steps": 6, "save_steps": 2, "logging_steps": 3}
-    whole = run(folder=tmp_path / "whole", **settings)
-
-    def kill(point):
-        if point["step"] >= killed_at:
-            raise Killed
-
-    with pytest.raises(Killed):
-        run(folder=tmp_path / "killed", on_point=kill, **settings)
-    resumed = run(folder=tmp_path / "killed", **settings)
-    assert_same_weights(whole, resumed, 0)
+    whole, resumed = killed_and_resumed(run, tmp_path, killed_at, **settings)
     assert untimed(resumed) == untimed(whole) and "retriever_loss" in untimed(whole)[-1]
 
 

@@ -20,7 +20,7 @@ from tests.rag.test_families import rag_of
 from tests.rag.test_together import EVERYTHING, batch_of, forward, summed
 from tests.tiny_rag import ANSWERS, LENGTHS, NEW, QUESTIONS, SETTINGS, TOGETHER, tiny_rag
 from tests.training.test_index_refresh import refreshing_rag
-from tests.training.test_trainer import SGD_STEP, Killed, assert_same_weights, sgd, untimed  # noqa: F401
+from tests.training.test_trainer import SGD_STEP, assert_same_weights, killed_and_resumed, sgd, untimed  # noqa: F401
 
 BOTH = pytest.mark.parametrize("gradient", ["emdr2", "perplexity_distillation"])
 
@@ -71,16 +71,7 @@ def test_halved_equals_small_from_the_start(sgd):  # noqa: F811
 @pytest.mark.parametrize("killed_at", [1, 5])
 def test_killed_and_resumed_equals_never_killed(tmp_path, killed_at):
     settings = {"max_steps": 6, "save_steps": 2, "logging_steps": 3}
-    whole = run(folder=tmp_path / "whole", **settings)
-
-    def kill(point):
-        if point["step"] >= killed_at:
-            raise Killed
-
-    with pytest.raises(Killed):
-        run(folder=tmp_path / "killed", on_point=kill, **settings)
-    resumed = run(folder=tmp_path / "killed", **settings)
-    assert_same_weights(whole, resumed, 0)
+    whole, resumed = killed_and_resumed(run, tmp_path, killed_at, **settings)
     assert untimed(resumed) == untimed(whole) and "retriever_loss" in untimed(whole)[-1]
 
 

@@ -4,6 +4,7 @@ import copy
 import json
 import signal
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -177,20 +178,26 @@ class Killed(Exception):
     pass
 
 
+def killed_and_resumed(run, folder, killed_at, **settings):
+    """A training by `run`, and the same killed at its first point from step `killed_at` on and resumed: of equal weights."""
+    whole = run(folder=folder / "whole", **settings)
+
+    def kill(point):
+        if point["step"] >= killed_at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(folder=folder / "killed", on_point=kill, **settings)
+    resumed = run(folder=folder / "killed", **settings)
+    assert_same_weights(whole, resumed, 0)
+    return whole, resumed
+
+
 @pytest.mark.parametrize("recipe", [NEW, OLD], ids=["new", "old"])
 @pytest.mark.parametrize("killed_at", [1, 2, 5])
 def test_killed_and_resumed_equals_never_killed(tmp_path, recipe, killed_at):
     settings = {"max_steps": 6, "save_steps": 2, "batch_size": 4, "gradient_accumulation_steps": 2}
-    whole = run(recipe, tmp_path / "whole", **settings)
-
-    def kill(point):
-        if point["step"] == killed_at:
-            raise Killed
-
-    with pytest.raises(Killed):
-        run(recipe, tmp_path / "killed", kill, **settings)
-    resumed = run(recipe, tmp_path / "killed", **settings)
-    assert_same_weights(whole, resumed, 0)
+    whole, resumed = killed_and_resumed(partial(run, recipe), tmp_path, killed_at, **settings)
 
     def losses(trainer):
         names = ("step", "questions_seen", "train_loss_per_sequence", "val_loss_per_sequence", "gradient_norm")
