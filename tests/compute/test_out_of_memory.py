@@ -53,6 +53,18 @@ def scarce_rag(most, error, **how):
     return rag
 
 
+def halved_and_small(run, curve):
+    """A training by `run` that runs out of memory with more than two questions, and one that takes two from the start: of equal
+    weights, and of equal values of the `curve`."""
+    steps = {"max_steps": 2, "eval_steps": 4, "learning_rate": 1e-2, "warmup_steps": 0}
+    halved = run(rag=scarce_rag(2, CUDA), batch_size=8, gradient_accumulation_steps=1, **steps)
+    small = run(batch_size=2, gradient_accumulation_steps=4, **steps)
+    assert_same_but_for_the_wrapper(halved, small)
+    assert halved.progress.halvings == ["step 1: 8 -> 4", "step 1: 4 -> 2"]
+    found, expected = (trainer.progress.history[-1][curve] for trainer in (halved, small))
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
 def assert_same_but_for_the_wrapper(one, other):
     mine = {name.replace("question_encoder.inner.", "question_encoder."): v for name, v in one.rag.state_dict().items()}
     for name, value in other.rag.state_dict().items():

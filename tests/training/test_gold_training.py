@@ -18,7 +18,7 @@ from stages.training import opening
 from stages.training.curves import tracked_name
 from stages.training.progress import Window
 from stages.training.trainer import Trainer
-from tests.compute.test_out_of_memory import CUDA, assert_same_but_for_the_wrapper, scarce_rag
+from tests.compute.test_out_of_memory import halved_and_small
 from tests.compute.test_ranks import THREE_STEPS, alone, assert_same
 from tests.rag.test_gold import WORDS
 from tests.test_kinds_of_questions import rows
@@ -100,13 +100,7 @@ def test_the_gradient_is_the_answers_and_so_many_times_the_gold_passages():
 
 
 def test_halved_equals_small_from_the_start(sgd):  # noqa: F811
-    steps = {"max_steps": 2, "eval_steps": 4, "learning_rate": 1e-2, "warmup_steps": 0}
-    halved = run(rag=scarce_rag(2, CUDA), batch_size=8, gradient_accumulation_steps=1, **steps)
-    small = run(batch_size=2, gradient_accumulation_steps=4, **steps)
-    assert_same_but_for_the_wrapper(halved, small)
-    assert halved.progress.halvings == ["step 1: 8 -> 4", "step 1: 4 -> 2"]
-    found, expected = (trainer.progress.history[-1]["gold_nll"] for trainer in (halved, small))
-    assert found == pytest.approx(expected, rel=1e-4)
+    halved_and_small(run, "gold_nll")
 
 
 @pytest.mark.parametrize("kind", ["dense", "reranked", "refreshed"])

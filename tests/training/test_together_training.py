@@ -14,7 +14,7 @@ from stages.training.curves import tracked_name
 from stages.training.throughput import training_flop, weights_by_tokens
 from stages.training.trainer import Trainer
 from stages.training.validation import validation_loss
-from tests.compute.test_out_of_memory import CUDA, assert_same_but_for_the_wrapper, scarce_rag
+from tests.compute.test_out_of_memory import halved_and_small
 from tests.compute.test_ranks import THREE_STEPS, alone, assert_same
 from tests.rag.test_families import rag_of
 from tests.rag.test_together import EVERYTHING, batch_of, forward, summed
@@ -59,13 +59,7 @@ def test_however_a_step_is_cut_up_the_update_is_the_same(sgd, gradient, batch_si
 
 
 def test_halved_equals_small_from_the_start(sgd):  # noqa: F811
-    steps = {"max_steps": 2, "eval_steps": 4, "learning_rate": 1e-2, "warmup_steps": 0}
-    halved = run(rag=scarce_rag(2, CUDA), batch_size=8, gradient_accumulation_steps=1, **steps)
-    small = run(batch_size=2, gradient_accumulation_steps=4, **steps)
-    assert_same_but_for_the_wrapper(halved, small)
-    assert halved.progress.halvings == ["step 1: 8 -> 4", "step 1: 4 -> 2"]
-    found, expected = (trainer.progress.history[-1]["retriever_loss"] for trainer in (halved, small))
-    assert found == pytest.approx(expected, rel=1e-4)
+    halved_and_small(run, "retriever_loss")
 
 
 @pytest.mark.parametrize("killed_at", [1, 5])
