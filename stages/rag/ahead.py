@@ -16,10 +16,10 @@ class Found(NamedTuple):
     """What is known of B questions before the generator reads."""
 
     rows: Tensor  # [B, K] passages
-    scores: Tensor  # [B, K], with gradient
-    gold_nll: Tensor | None  # [B], with gradient
-    packed: PackedAnswers  # the contexts and their answers
-    context_tokens: Tensor  # real tokens of the contexts
+    scores: Tensor  # [B, K], with gradient where the retriever learns
+    gold_nll: Tensor | None = None  # [B], with gradient
+    packed: PackedAnswers | None = None  # the contexts and their answers, where they are packed already
+    context_tokens: Tensor | None = None  # real tokens of these contexts
 
 
 def finds_ahead(rag: Any) -> bool:
@@ -28,14 +28,14 @@ def finds_ahead(rag: Any) -> bool:
 
 
 def found_ahead(
-    rag: Any, batch: RagBatch, sizes: list[int], retriever_gradient: str = "exact"
+    rag: Any, batch: RagBatch, sizes: list[int], retriever_gradient: str = "exact", known: Found | None = None
 ) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[RagBatch, Found]]]:
     """Parts of a batch, of these sizes, each with what one search found for all of them.
 
     Before them what their backward passes end at, the scores (and gold_nll): each with its past and without. What is left
-    as `grad` at the second goes on through the first.
+    as `grad` at the second goes on through the first. What is `known` of the batch is not searched for.
     """
-    rows, scores, golds = rag.find(batch, retriever_gradient)
+    rows, scores, golds = known[:3] if known else rag.find(batch, retriever_gradient)
     ends = [(one, one.detach().requires_grad_(one.requires_grad)) for one in (scores, golds) if one is not None]
     cut, nll = ends[0][1], ends[1][1] if golds is not None else None
     parts, first = [], 0

@@ -6,7 +6,8 @@ loss for the retriever. Where the context encoder trains too, the passages found
 reranker the passages read are the best of more candidates.
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -216,8 +217,8 @@ class Rag(nn.Module):
 
         Reading each, `marginal` is sequence, token or average (see marginalization.py). Reading together or in parallel there is
         none, and `retriever_gradient` names a loss for the retriever (retriever_losses.py), computed where gradients are.
-        `retriever_gradient` "none" cuts the gradient to all that ranks passages. What was `found` before (ahead.py), reading
-        each, is not looked for again.
+        `retriever_gradient` "none" cuts the gradient to all that ranks passages. What was `found` before (ahead.py,
+        found_once.py) is not looked for again; contexts may have been packed before when reading each.
         """
         rows, scores, golds = found[:3] if found else self.find(batch, retriever_gradient)
         prior = marginalization.log_prior(scores)
@@ -226,7 +227,7 @@ class Rag(nn.Module):
                 batch, rows, prior, retriever_gradient, label_smoothing, reading == "parallel"
             )
             return output._replace(gold_nll=golds)
-        if found:
+        if found and found.packed:
             token_lp = self.packed_log_probs(found.packed, label_smoothing).unflatten(0, rows.shape)
             read = found.context_tokens
         else:
@@ -237,8 +238,12 @@ class Rag(nn.Module):
         return RagOutput(nll, prior.detach(), rows, read, rows.shape[1], gold_nll=golds)
 
     def find(self, batch: RagBatch, retriever_gradient: str = "exact") -> tuple[Tensor, Tensor, Tensor | None]:
-        """Each question's passages and their scores, [B, K] and [B, K], and, where the batch has `golds`, gold_nll [B]."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and retriever_gradient != "none"):
+        """Each question's passages and their scores, [B, K] and [B, K], and, where the batch has `golds`, gold_nll [B].
+
+        `retriever_gradient` "none": without gradient, and without dropout, which is for what learns.
+        """
+        learns = torch.is_grad_enabled() and retriever_gradient != "none"
+        with torch.set_grad_enabled(learns), nullcontext() if learns else in_eval_mode(self.question_encoder):
             vectors = self.encode_questions(batch)
             if batch.golds is not None:
                 return retrieve_with_golds(self, vectors, batch)
@@ -286,6 +291,17 @@ class Rag(nn.Module):
         """What the packed likelihood says of them, by the working copy where there is one."""
         with self.working.computing() if self.working else nullcontext():
             return self.packed.score(packed, label_smoothing)
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Without dropout until the block ends."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
 
 
 def packed_likelihood(generator: Generator) -> PackedBart | PackedCausal | None:

@@ -16,6 +16,7 @@ from stages.corpus.epochs import epoch_shares
 from stages.params import Recipe, Train
 from stages.rag.ahead import finds_ahead, found_ahead
 from stages.rag.batches import Examples
+from stages.rag.found_once import FoundOnce
 from stages.rag.model import Rag
 from stages.storage import checkpoints as checkpointing
 from stages.training import fsdp
@@ -41,6 +42,7 @@ class Accumulation:
         self.sharded = fsdp.is_sharded(rag)
         # A sharded model's gradients are sums already.
         self.sums = GradientSums.of(rag) if ranks.world() > 1 and not self.sharded else None
+        self.once: FoundOnce | None = None  # the passages of the training questions, where they stay the same
         self.met = False  # whether no rank searches any more in the present update
 
     def gradients(self, training: Examples, update: Update, progress: Progress, window: Window) -> None:
@@ -117,13 +119,16 @@ class Accumulation:
         """Adds the gradients of these forward passes, of which all but one want `finds_ahead`; `last` of the update."""
         if window.waits.opened is None:
             window.waits.open()
-        batch = self.rag.batch(training, [row for rows in passes for row in rows], shares)
+        questions = [row for rows in passes for row in rows]
+        batch = self.rag.batch(training, questions, shares)
         window.waits.close()
-        ends, parts = [], [(batch, None)]
-        if len(passes) > 1:
-            with self.accelerator.autocast():
+        ends = []
+        with self.accelerator.autocast():
+            known = self.once and self.once.of(self.rag, batch, questions)
+            parts = [(batch, known)]
+            if len(passes) > 1:
                 sizes = [len(rows) for rows in passes]
-                ends, parts = found_ahead(self.rag, batch, sizes, self.recipe.retriever_gradient)
+                ends, parts = found_ahead(self.rag, batch, sizes, self.recipe.retriever_gradient, known)
         for part, found in parts:
             output = self.model(
                 part,

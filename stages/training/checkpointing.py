@@ -8,6 +8,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from stages.compute import ranks
+from stages.rag.found_once import PREFIX, FoundOnce
 from stages.rag.model import Rag
 from stages.storage import checkpoints as checkpointing
 from stages.storage.checkpoints import Checkpoints
@@ -27,6 +28,7 @@ class Keeper:
         self.checkpoints, self.best, self.rag, self.refresh = checkpoints, best, rag, refresh
         self.optimizer, self.schedule, self.scaler = optimizer, schedule, scaler
         self.keep_threads = keep_threads
+        self.once: FoundOnce | None = None  # of this training, if it has one
         self.writer, self.writing = ThreadPoolExecutor(max_workers=1), Future()
         self.writing.set_result(None)
         self.copies: dict[str, list] = {}  # of the last checkpoint and the last best weights, to be written over
@@ -50,7 +52,9 @@ class Keeper:
             "threads": torch.get_num_threads(),
             "ranks": ranks.world(),
         }
-        weights = checkpointing.own_tensors(self.rag) | self.refresh.tensors()
+        weights = (
+            checkpointing.own_tensors(self.rag) | self.refresh.tensors() | (self.once.tensors() if self.once else {})
+        )
         best = progress.best_step if self.best and math.isfinite(progress.best_loss) else None
         self._write(self.checkpoints.save, progress.step, [weights, state], best)
         ranks.wait()
@@ -95,6 +99,9 @@ class Keeper:
             return None
         weights, state = found
         weights, snapshots = split_snapshots(weights)
+        found_once = {name: weights.pop(name) for name in list(weights) if name.startswith(PREFIX)}
+        if self.once:
+            self.once.restore(found_once)
         checkpointing.load_weights(self.rag, weights)
         self.rag.weights_changed()
         self.optimizer.load_state_dict(fsdp.parts_of_moments(state["optimizer"], self.optimizer))

@@ -17,6 +17,7 @@ from stages.compute import ranks
 from stages.machine.signals import Interrupted
 from stages.params import Recipe, Train
 from stages.rag.batches import Examples
+from stages.rag.found_once import FoundOnce
 from stages.rag.model import Rag
 from stages.storage.checkpoints import Checkpoints
 from stages.training import fsdp
@@ -94,6 +95,8 @@ class Trainer:
             self.progress = finished
             self._say(f"trained already, {self.progress.step} steps: the model is written again")
             return
+        if not self.sharded:  # whose encoder all ranks must ask, or none
+            self.keeper.once = self.accumulation.once = FoundOnce.of_training(self.rag, self.recipe, training)
         window = Window.on(self.accelerator.device)
         resumed = self.keeper.resume(window, self.accelerator.device)
         self.progress = resumed or self.progress
