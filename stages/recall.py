@@ -47,7 +47,7 @@ def main() -> None:
     from stages.corpus.recall import recalls
     from stages.encoders.loading import load_encoder
     from stages.rag.folder import load_rag_parts
-    from stages.rag.prior import load_prior
+    from stages.rag.prior import load_prior, starting_prior
     from stages.search.candidates import Searched, reranker_scores
     from stages.search.passage_index import index_folders, load_index
     from stages.search.reranking import load_reranker
@@ -56,7 +56,9 @@ def main() -> None:
     gold = gold_grades(questions, passages)
     settings, trained = params.retriever, arguments.trained
     model = MODEL if trained else Path("nowhere")
-    weights = load_prior(model, settings)()
+    reranks = params.models.reranker is not None
+    prior = starting_prior(settings, RERANKER) if reranks and not trained else load_prior(model, settings)
+    weights, named = prior(), prior.named
     if trained:
         encoder = load_rag_parts(MODEL)[0]
     else:
@@ -82,14 +84,15 @@ def main() -> None:
     measured = {"dense": recall(searched.candidates(questions, depth, weights.score_scale, None).rows)}
     if hits:
         measured["bm25"] = recall(hits.rows)
-        for weight in dict.fromkeys([*arguments.weights, weights.hybrid_weight]):
+        hybrid = named if reranks else weights
+        for weight in dict.fromkeys([*arguments.weights, hybrid.hybrid_weight]):
             found = searched.candidates(questions, depth, weights.score_scale, weight)
             measured[f"hybrid_{weight:g}"] = recall(found.rows)
     reranker = load_reranker(RERANKER, params.models.reranker, MODEL / "reranker" if trained else None)
     if reranker:
         reranker.encoder.model.to(device)
-        hybrid = weights.hybrid_weight if hits and settings.hybrid_depth else None
-        found = searched.candidates(questions, max(settings.rerank_depth, depth), weights.score_scale, hybrid)
+        weight = named.hybrid_weight if hits and settings.hybrid_depth else None
+        found = searched.candidates(questions, max(settings.rerank_depth, depth), named.score_scale, weight)
         crossed = reranker_scores(
             reranker.to(device), found, list(questions["question"]), params.lengths.question_tokens
         )

@@ -34,11 +34,16 @@ class Weights(NamedTuple):
 
 
 class PriorWeights(nn.Module):
-    """The weights of a Rag; without `learns` it has no parameter."""
+    """The weights of a Rag; without `learns` it has no parameter.
 
-    def __init__(self, start: Weights | None = None, learns: bool = False):
+    By the weights `named` in params.yaml dense search and BM25 choose what a reranker reads: its warm-up and the fit have
+    seen these candidates, and weights that suit a sum of three scores are no good for two of them.
+    """
+
+    def __init__(self, start: Weights | None = None, learns: bool = False, named: Weights | None = None):
         super().__init__()
         self.start = start or Weights()
+        self.named = named or self.start
         self.log_factors = nn.Parameter(torch.zeros(len(Weights._fields))) if learns else None
 
     def forward(self) -> Weights:
@@ -68,7 +73,7 @@ def starting_prior(settings: Retriever, reranker: Path) -> PriorWeights:
     if not settings.learn_weights:
         return PriorWeights(named)
     fitted = load_fitted(reranker)
-    return PriorWeights(Weights(**fitted) if fitted else named, learns=True)
+    return PriorWeights(Weights(**fitted) if fitted else named, learns=True, named=named)
 
 
 def load_prior(model: Path, settings: Retriever) -> PriorWeights:
@@ -76,7 +81,8 @@ def load_prior(model: Path, settings: Retriever) -> PriorWeights:
     file = model / FILE
     if not file.is_file():
         return prior_of(settings)
-    return PriorWeights(Weights(**json.loads(file.read_text(encoding="utf-8"))))
+    learned = Weights(**json.loads(file.read_text(encoding="utf-8")))
+    return PriorWeights(learned, named=prior_of(settings).start)
 
 
 def combined(weights: Weights, dense: Tensor, lexical: Tensor | None, crossed: Tensor | None) -> Tensor:

@@ -30,9 +30,9 @@ def ranked(rag: Any, vectors: Tensor, hits: Hits | None, asked: Asked | None, ev
     """A Rag's best n_docs passages of the questions `vectors` [B, d], or `everything` that competes.
 
     With BM25's `hits` both rankings compete (fusion.py); with a reranker, which reads the questions as `asked`, the best
-    `rerank_depth` of them compete again. Dense hits alone compete for nothing: then everything is the best DENSE_CANDIDATES.
+    `rerank_depth` of them by the weights of params.yaml compete again. Dense hits alone compete for nothing: then everything
+    is the best DENSE_CANDIDATES.
     """
-    weights = rag.prior()
     wanted = max(rag.n_docs, rag.rerank_depth) if rag.reranker else rag.n_docs
     if everything and not rag.reranker and hits is None:
         wanted = max(wanted, DENSE_CANDIDATES)
@@ -40,7 +40,7 @@ def ranked(rag: Any, vectors: Tensor, hits: Hits | None, asked: Asked | None, ev
     rows = rag.index.search(vectors, searched).to(vectors.device)
     lexical = None
     if hits is not None:
-        plain = weights.detached()
+        plain = rag.prior.named if rag.reranker else rag.prior().detached()
         if everything and not rag.reranker:
             wanted = searched + hits.rows.shape[1]
         rows, lexical = fuse(rag.index, vectors, rows, hits, plain.score_scale, plain.hybrid_weight, wanted)

@@ -58,6 +58,28 @@ def test_without_weight_and_further_candidates_it_is_retrieval_as_it_was(hybrid)
         assert torch.equal(found, expected)
 
 
+def test_what_learns_to_weigh_three_scores_does_not_choose_by_two_of_them(tmp_path):
+    """The candidates stay those of the weights named in params.yaml, which the warm-up and the fit have seen."""
+    rag = reranked_rag(n_docs=4, depth=4, weights=Weights(1.5, 0.02, 2.0, 1.25))
+    rag.prior.named = Weights(1.5, 3.0)
+    batch = batch_of(rag, hits())
+    rows, scores = retrieved(rag, batch)
+    with torch.no_grad():
+        dense = 1.5 * rag.encode_questions(batch) @ rag.index.vectors.T
+        candidates = (dense + 3.0 * WORDS).topk(4).indices
+        assert not torch.equal(candidates.sort(1).values, (dense + 0.02 * WORDS).topk(4).indices.sort(1).values)
+        every = torch.arange(len(TITLES)).expand(len(QUESTIONS), -1)
+        everything = (dense + 0.02 * WORDS + 2.0 * rag.reranker.scores(batch.asked, every)) / 1.25
+    best = candidates.gather(1, everything.gather(1, candidates).sort(1, descending=True).indices)
+    assert torch.equal(rows, best)
+    torch.testing.assert_close(scores, everything.gather(1, best))
+    settings = load_params().retriever
+    rag.prior.save(tmp_path)
+    kept = load_prior(tmp_path, settings)
+    assert kept.named == (settings.score_scale, settings.hybrid_weight, settings.cross_weight, settings.temperature)
+    assert kept().hybrid_weight == pytest.approx(0.02)
+
+
 def test_more_than_the_reranker_scores_come_behind_in_their_own_order():
     rag, few = reranked_rag(n_docs=8, depth=4), reranked_rag(n_docs=4, depth=4)
     rows, _ = retrieved(rag, batch_of(rag))
