@@ -87,11 +87,10 @@ def padded_targets(
     """
     assert answers and max_answer_tokens >= 1
     rows = [ids[: max_answer_tokens - 1] + [eos] for ids in answers]
-    targets = torch.full((len(rows), max(map(len, rows))), pad)
-    mask = torch.zeros_like(targets, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        targets[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = True
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    targets = torch.full(mask.shape, pad)
+    targets[mask] = torch.tensor([token for row in rows for token in row])
     return targets, mask
 
 
