@@ -60,6 +60,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(arguments.seed)
     torch.set_float32_matmul_precision("high")
+    torch.set_flush_denormal(device.type == "cpu")  # as machine/devices.py says
     started = time.time()
     folder = arguments.work / arguments.part
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")

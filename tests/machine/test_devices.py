@@ -36,6 +36,17 @@ def test_what_the_libraries_make_is_searched_for_garbage_no_more_and_all_else_is
     assert done.stdout.split() == ["True", "True", "True"]
 
 
+def test_numbers_too_small_for_fp32s_exponent_are_zero_on_every_thread():
+    program = "; ".join([
+        "from stages.machine import devices; from stages.params import Runtime",
+        "devices.prepare_torch(Runtime(device='cpu', threads=4, processes=1, cuda_graphs=True))",
+        "import torch; tiny = torch.tensor([1e-39] * (1 << 20))",
+        "print(torch.get_num_threads(), int((tiny * 1.0).count_nonzero()), float(torch.tensor(2e-38) * 1.0) > 0)",
+    ])  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["4", "0", "True"]
+
+
 def test_free_cores_are_at_least_one_and_bounded(monkeypatch):
     assert 1 <= devices.free_cores() <= (os.cpu_count() or 1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
