@@ -248,13 +248,16 @@ def test_two_ranks_encode_the_same_bytes_and_one_goes_on_from_their_lists(crew, 
     assert list(folder.glob("shards-*")) == [] and len(json.loads((folder / "shards.json").read_text())) == 5
 
 
-def until_running(process, folder, name="running"):
-    while not (folder / name).exists() and process.poll() is None:
+def until(process, folder, name):
+    """Waits for a file or folder of that name (a pattern); returns the ranks' processes."""
+    while not list(folder.glob(name)) and process.poll() is None:
         time.sleep(0.05)
     assert process.poll() is None, process.communicate()
     return psutil.Process(process.pid).children()
 
 
+# A checkpoint is written beside the steps: that steps are made does not say that there is one.
+CHECKPOINT = "checkpoints/step-????????"
 FOREVER = {"max_steps": 10**6, "eval_steps": 10**6, "save_steps": 10**6}
 
 
@@ -262,13 +265,13 @@ FOREVER = {"max_steps": 10**6, "eval_steps": 10**6, "save_steps": 10**6}
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_rank_ends_the_job_at_once_and_it_goes_on_afterwards(tmp_path, killed):
     process = start("train", tmp_path / "ranks", 2, **FOREVER | {"save_steps": 1})
-    children = until_running(process, tmp_path / "ranks")
+    children = until(process, tmp_path / "ranks", CHECKPOINT)
     victim = next(child for child in children if child.environ()["RANK"] == str(killed))
     victim.kill()
     _, errors = done(process, 128 + signal.SIGKILL)
     assert f"error: rank {killed} of 2 was ended by SIGKILL" in errors.splitlines()[-1]
     assert not any(child.is_running() for child in children)
-    step = max(int(name.name[5:]) for name in (tmp_path / "ranks/checkpoints").glob("step-????????"))
+    step = max(int(name.name[5:]) for name in (tmp_path / "ranks").glob(CHECKPOINT))
     output, _ = done(start("train", tmp_path / "ranks", 2, **FOREVER | {"max_steps": step + 1}))
     assert f"resumed at step {step} of {step + 1}" in output
 
@@ -277,7 +280,7 @@ def test_a_killed_rank_ends_the_job_at_once_and_it_goes_on_afterwards(tmp_path, 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_signal_to_the_command_ends_all_ranks(tmp_path, number):
     process = start("train", tmp_path / "ranks", 2, **FOREVER)
-    children = until_running(process, tmp_path / "ranks")
+    children = until(process, tmp_path / "ranks", "running")
     process.send_signal(number)
     _, errors = done(process, -number if number == signal.SIGKILL else 128 + number)
     psutil.wait_procs(children)

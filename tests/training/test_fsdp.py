@@ -14,6 +14,7 @@ from stages.storage.checkpoints import load_weights, own_weights
 from stages.training import fsdp
 from tests.compute.test_ranks import (
     BIN,
+    CHECKPOINT,
     FOREVER,
     SIX_STEPS,
     THREE_STEPS,
@@ -21,7 +22,7 @@ from tests.compute.test_ranks import (
     assert_same_curve,
     done,
     start,
-    until_running,
+    until,
 )
 from tests.tiny_rag import tiny_rag
 
@@ -205,11 +206,11 @@ def test_a_rank_that_runs_out_of_memory_ends_all_with_a_line_that_says_so(tmp_pa
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_job_and_it_goes_on_afterwards(tmp_path):
     process = start("train", tmp_path, 2, fsdp=True, **FOREVER | {"save_steps": 1})
-    children = until_running(process, tmp_path)
+    children = until(process, tmp_path, CHECKPOINT)
     next(child for child in children if child.environ()["RANK"] == "1").kill()
     _, errors = done(process, 128 + signal.SIGKILL)
     assert "error: rank 1 of 2 was ended by SIGKILL" in errors.splitlines()[-1]
-    step = max(int(name.name[5:]) for name in (tmp_path / "checkpoints").glob("step-????????"))
+    step = max(int(name.name[5:]) for name in tmp_path.glob(CHECKPOINT))
     output, _ = done(start("train", tmp_path, 2, fsdp=True, **FOREVER | {"max_steps": step + 1}))
     assert f"resumed at step {step} of {step + 1}" in output
 
