@@ -261,7 +261,7 @@ class Train(Section):
 
 
 class Recipe(Section):
-    reading: Literal["each", "together", "parallel"]
+    reading: Literal["each", "together", "weighted", "parallel"]
     marginalization: Literal["sequence", "token", "average"]
     accumulation: Literal["across_batches", "within_batch"]
     batching: Literal["true_batches", "one_at_a_time"]
@@ -366,7 +366,12 @@ class Params(Section):
                     f"{where}.retriever_gradient: {recipe.retriever_gradient} is a loss beside {where}.reading: together; with "
                     "each, use exact (the marginal's own) or none"
                 )
-        elif recipe.retriever_gradient == "exact":
+        elif recipe.reading == "weighted" and recipe.retriever_gradient not in ("exact", "none"):
+            raise ValueError(
+                f"{where}.retriever_gradient: {recipe.retriever_gradient} is a loss beside {where}.reading: together; with "
+                "weighted, use exact (the likelihood's own) or none"
+            )
+        elif recipe.reading != "weighted" and recipe.retriever_gradient == "exact":
             raise ValueError(
                 f"{where}.retriever_gradient: exact is the marginal's, which {where}.reading: {recipe.reading} does not have; "
                 "use emdr2, perplexity_distillation or none"

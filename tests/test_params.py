@@ -160,7 +160,9 @@ def test_fewer_hits_than_hard_negatives_are_refused(tmp_path):
          "recipes.new.marginalization: token.*use sequence"),
         ("new", {"reading": "parallel"}, "recipes.new.retriever_gradient: exact .*reading: parallel does not have"),
         ("old", {"reading": "together"}, "recipes.old.marginalization: average.*use sequence"),
-        ("new", {"reading": "all"}, "recipes.new.reading:.*'each', 'together' or 'parallel'.*'all'"),
+        ("new", {"reading": "weighted", "retriever_gradient": "emdr2"}, "retriever_gradient: emdr2 .*weighted, use exact"),
+        ("new", {"reading": "weighted", "marginalization": "token"}, "recipes.new.marginalization: token.*use sequence"),
+        ("new", {"reading": "all"}, "recipes.new.reading:.*'each', 'together', 'weighted' or 'parallel'.*'all'"),
     ],
 )  # fmt: skip
 def test_switches_without_a_meaning_together_are_one_line(tmp_path, recipe, changes, says):

@@ -103,8 +103,9 @@ def trainer_of(
         raise ValueError(
             f"--reading {options.reading}: the old recipe averages over passages read each; leave out one of the two"
         )
-    together = {"reading": options.reading, "retriever_gradient": "emdr2"} if options.reading != "each" else {}
-    recipe = Recipe(**(OLD if options.recipe == "old" else NEW | together | {"precision": options.precision}))
+    gradient = "exact" if options.reading in ("each", "weighted") else "emdr2"
+    new = NEW | {"reading": options.reading, "retriever_gradient": gradient, "precision": options.precision}
+    recipe = Recipe(**(OLD if options.recipe == "old" else new))
     if options.recipe == "old":
         batch_size = accumulation = batch_size * accumulation
     settings = Train(
@@ -222,12 +223,14 @@ def bench_decode(options: Namespace, device: torch.device) -> dict:
         batch = next(batches)
         rows, scores = rag.retrieve(rag.encode_questions(batch))
         input_ids, mask = rag.contexts(batch, rows)
+        prior = marginalization.log_prior(scores)
         generate(
             rag.generator, input_ids.view(batch_size, options.n_docs, -1), mask.view(batch_size, options.n_docs, -1),
-            marginalization.log_prior(scores), num_beams=options.num_beams, max_answer_tokens=options.answer_tokens,
+            prior, num_beams=options.num_beams, max_answer_tokens=options.answer_tokens,
             decoding="thorough", marginalization="sequence",
             joined=None if options.reading == "each" else partial(
-                joint_contexts, rag, batch, rows, parallel=options.reading == "parallel"
+                joint_contexts, rag, batch, rows, parallel=options.reading == "parallel",
+                log_prior=prior if options.reading == "weighted" else None,
             ),
         )  # fmt: skip
 

@@ -35,8 +35,8 @@ def answer(
 ) -> Iterator[Answer]:  # fmt: skip
     """Answers of the questions `asked` (None: all N), each from its passages `rows` [N, K] and their prior.
 
-    A row of -1 is no passage, its context the question alone. With `reading` "together" or "parallel" all of a
-    question's are read at once, and `marginal` is not looked at. `alone` [N] as in `generate`.
+    A row of -1 is no passage, its context the question alone. With any `reading` but "each" all of a question's are
+    read at once, and `marginal` is not looked at. `alone` [N] as in `generate`.
 
     Questions are decoded settings.batch_size at once, more where they have fewer passages than usual; a batch that does
     not fit into memory in halves.
@@ -52,12 +52,14 @@ def answer(
         shape = (len(chosen), rows.shape[1], -1)
         # A single passage read together is that passage alone.
         together = reading != "each" and rows.shape[1] > 1
+        weights = log_prior[chosen] if reading == "weighted" else None
         parallel = reading == "parallel"
-        joined = partial(joint_contexts, rag, batch, rows[chosen], parallel=parallel) if together else None
+        joined = partial(joint_contexts, rag, batch, rows[chosen], parallel=parallel, log_prior=weights)
         return generate(
             rag.generator, input_ids.view(shape), attention_mask.view(shape), log_prior[chosen],
             num_beams=settings.num_beams, max_answer_tokens=rag.lengths.answer_tokens,
-            decoding=settings.decoding, marginalization=decoding_marginal, merge=True, joined=joined,
+            decoding=settings.decoding, marginalization=decoding_marginal, merge=True,
+            joined=joined if together else None,
             alone=alone and [alone[place] for place in chosen],
         )  # fmt: skip
 

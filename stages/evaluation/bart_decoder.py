@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import LongTensor, Tensor, nn
 
 from stages.evaluation.shared_contexts import Hypotheses
+from stages.generation.seq2seq import Contexts
 from stages.generation.vocabulary import in_rows_of_8
 
 ROOM = 8  # tokens that a hypothesis has room for at first; doubled where it gets longer
@@ -21,12 +22,13 @@ class BartState:
 
     shares_contexts = True
 
-    def __init__(self, model: nn.Module, states: Tensor, mask: Tensor, prefix: list[int]):
-        """A hypothesis on each of the contexts `states` [C, L, H]; `mask` [C, L] is 0 at padding; `prefix` starts answers."""
-        self.prefix = prefix
+    def __init__(self, model: nn.Module, contexts: Contexts, prefix: list[int]):
+        """A hypothesis on each of the C contexts; `prefix` starts answers."""
+        states, self.prefix = contexts.states, prefix
         self.decoder = model.model.decoder
         self.heads = model.config.decoder_attention_heads
-        self.mask = mask.bool()[:, None, None]
+        mask = contexts.attention_mask()
+        self.mask = mask if mask.dim() == 4 else mask.bool()[:, None, None]
         self.of_contexts, self.projections = [], []
         for layer in self.decoder.layers:
             key, value = (

@@ -37,5 +37,5 @@ def start(generator: Generator, contexts: Any) -> State:
             return LlamaState.of(generator, contexts)
         return CausalState.of(generator, contexts)
     if generator.model.config.model_type == "bart":
-        return BartState(generator.model, contexts.states, contexts.mask, generator.decoder_prefix)
+        return BartState(generator.model, contexts, generator.decoder_prefix)
     return Seq2SeqState(generator, contexts)

@@ -16,7 +16,9 @@ from stages.packed.cuda_graphs import CudaGraphs
 from stages.packed.packing import PackedAnswers, Packing, attention
 
 
-def _attend(module: nn.Module, asking_states: Tensor, asked_states: Tensor, asking, asked, causal=False) -> Tensor:
+def _attend(
+    module: nn.Module, asking_states: Tensor, asked_states: Tensor, asking, asked, causal=False, key_bias=None
+) -> Tensor:  # fmt: skip
     query, key, value = (
         project(states).unflatten(-1, (module.num_heads, -1))
         for project, states in (
@@ -25,7 +27,8 @@ def _attend(module: nn.Module, asking_states: Tensor, asked_states: Tensor, aski
             (module.v_proj, asked_states),
         )
     )
-    mixed = attention(query, key, value, asking, asked, module.dropout if module.training else 0.0, causal)
+    dropout = module.dropout if module.training else 0.0
+    mixed = attention(query, key, value, asking, asked, dropout, causal, key_bias=key_bias)
     return module.out_proj(mixed.flatten(1))
 
 
@@ -42,11 +45,21 @@ def encoder_layer(layer: nn.Module, states: Tensor, tokens: Packing) -> Tensor:
     return layer.final_layer_norm(states + F.dropout(inner, layer.dropout, layer.training))
 
 
-def decoder_layer(layer: nn.Module, states: Tensor, contexts: Tensor, answers: Packing, tokens: Packing) -> Tensor:
-    """One layer of BartDecoder over packed answers [answer tokens, H], each row reading the context of its number."""
+def decoder_layer(
+    layer: nn.Module,
+    states: Tensor,
+    contexts: Tensor,
+    answers: Packing,
+    tokens: Packing,
+    key_bias: Tensor | None = None,
+) -> Tensor:
+    """One layer of BartDecoder over packed answers [answer tokens, H], each row reading the context of its number.
+
+    `key_bias` [context tokens] is added to the logits of the attention to them.
+    """
     mixed = _attend(layer.self_attn, states, states, answers, answers, causal=True)
     states = layer.self_attn_layer_norm(states + F.dropout(mixed, layer.dropout, layer.training))
-    mixed = _attend(layer.encoder_attn, states, contexts, answers, tokens)
+    mixed = _attend(layer.encoder_attn, states, contexts, answers, tokens, key_bias=key_bias)
     states = layer.encoder_attn_layer_norm(states + F.dropout(mixed, layer.dropout, layer.training))
     inner = _feed_forward(layer, states)
     return layer.final_layer_norm(states + F.dropout(inner, layer.dropout, layer.training))
@@ -85,17 +98,19 @@ class PackedBart:
 
     def pack(
         self, input_ids: Tensor, attention_mask: Tensor, targets: Tensor, target_mask: Tensor, together: int = 1,
-        alone: bool = False,
+        alone: bool = False, log_prior: Tensor | None = None,
     ) -> PackedAnswers:  # fmt: skip
         """What `score` reads. The host waits for the device here, and nowhere else.
 
-        Read `together`, each answer has that many contexts side by side, of which those without a real token are left out.
+        Read `together`, each answer has that many contexts side by side, of which those without a real token are left out;
+        it attends to them as `log_prior` [R] weighs them.
         """
         tokens, answers = Packing.of(attention_mask), Packing.of(target_mask)
         read = F.pad(targets[:, :-1], (1, 0), value=self.prefix)
         return PackedAnswers(
-            tokens.pack(input_ids), tokens, answers.pack(read), answers.pack(targets), answers, together, alone
-        )
+            tokens.pack(input_ids), tokens, answers.pack(read), answers.pack(targets), answers, together, alone,
+            log_prior,
+        )  # fmt: skip
 
     def score(self, packed: PackedAnswers, label_smoothing: float = 0.0) -> Tensor:
         """`token_log_probs` of what was packed before; [R, T, 1 + K] where `log_probs` gives columns."""
@@ -105,13 +120,15 @@ class PackedBart:
     def log_probs(self, packed: PackedAnswers, label_smoothing: float) -> Tensor:
         """log p [answers] of each answer token, in fp32.
 
-        Of K contexts that are read together the decoder attends to all real tokens (Izacard & Grave 2021). With `packed.alone`
+        Of K contexts that are read together the decoder attends to all real tokens (Izacard & Grave 2021), with a `log_prior` to
+        each by its context's probability times as much (rag/together.py). With `packed.alone`
         log p under each of them by itself, without label smoothing and without gradient, stands beside it: [answers, 1 + K].
         """
         contexts = self.contexts(packed.ids, packed.tokens)
         read, targets, answers = packed.read, packed.targets, packed.answers
         asked = packed.tokens.joined(packed.together) if packed.together > 1 else packed.tokens
-        joint = self._answered(read, targets, answers, contexts, asked, label_smoothing)
+        key_bias = None if packed.log_prior is None else packed.log_prior[packed.tokens.row()]
+        joint = self._answered(read, targets, answers, contexts, asked, label_smoothing, key_bias)
         if not packed.alone:
             return joint
         # After the joint pass: autocast keeps the copies of weights that the first one casts, with gradient or without.
@@ -122,11 +139,11 @@ class PackedBart:
 
     def _answered(
         self, read: Tensor, targets: Tensor, answers: Packing, contexts: Tensor, tokens: Packing,
-        label_smoothing: float = 0.0,
+        label_smoothing: float = 0.0, key_bias: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         states = self._embed(self.model.model.decoder, read, answers)
         for layer in self.model.model.decoder.layers:
-            states = self._through(self.decoder_layer, layer, states, contexts, answers, tokens)
+            states = self._through(self.decoder_layer, layer, states, contexts, answers, tokens, key_bias)
         head, bias = self.model.lm_head, self.model.final_logits_bias[0]
         return token_log_probs(head, bias, states, targets, label_smoothing)
 

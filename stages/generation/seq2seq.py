@@ -20,28 +20,43 @@ FAMILIES = ("bart", "t5", "mt5", "longt5")  # umt5: its cache and its forward di
 
 @dataclass
 class Contexts:
-    """R encoded contexts: `states` [R, L, H] and `mask` [R, L], 1 at real tokens."""
+    """R encoded contexts: `states` [R, L, H] and `mask` [R, L], 1 at real tokens.
+
+    `bias` [R, L], fp32, is added to the logits of a decoder's attention to each token.
+    """
 
     states: Tensor
     mask: Tensor
+    bias: Tensor | None = None
 
     def repeat(self, times: int) -> "Contexts":
         """Every row `times` times, copies side by side."""
-        return Contexts(self.states.repeat_interleave(times, 0), self.mask.repeat_interleave(times, 0))
+        return self.select(torch.arange(len(self.mask), device=self.mask.device).repeat_interleave(times))
 
     def select(self, rows: LongTensor) -> "Contexts":
         """The given rows in the given order; a row may come more than once."""
-        return Contexts(self.states[rows], self.mask[rows])
+        return Contexts(self.states[rows], self.mask[rows], None if self.bias is None else self.bias[rows])
 
-    def joined(self, times: int) -> "Contexts":
+    def attention_mask(self) -> Tensor:
+        """The mask as the library's decoders take it: [R, L], or added to the logits, [R, 1, 1, L] in the states' dtype."""
+        if self.bias is None:
+            return self.mask
+        least = torch.finfo(self.states.dtype).min
+        return self.bias.masked_fill(self.mask == 0, least).to(self.states.dtype)[:, None, None]
+
+    def joined(self, times: int, log_prior: Tensor | None = None) -> "Contexts":
         """R / times rows, each the real tokens of `times` neighbouring rows end to end: what a decoder reads together.
 
-        Fusion-in-Decoder (Izacard & Grave 2021); rows whose mask is all 0 are left out.
+        Fusion-in-Decoder (Izacard & Grave 2021); rows whose mask is all 0 are left out. `log_prior` [R / times, times] is the
+        bias of each row's tokens.
         """
         mask = self.mask.unflatten(0, (-1, times)).flatten(1)
         states = self.states.unflatten(0, (-1, times)).flatten(1, 2)
         order = mask.argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]
-        return Contexts(states.gather(1, order[..., None].expand(-1, -1, states.shape[-1])), mask.gather(1, order))
+        bias = None if log_prior is None else log_prior.repeat_interleave(self.mask.shape[1], 1).gather(1, order)
+        return Contexts(
+            states.gather(1, order[..., None].expand(-1, -1, states.shape[-1])), mask.gather(1, order), bias
+        )
 
 
 @dataclass
@@ -102,7 +117,7 @@ class Seq2Seq:
         """The decoder's states [R, T, H] at the positions that predict `targets`; `logits_behind` makes logits of them."""
         decoder = self.model.get_decoder()
         states = decoder(
-            input_ids=self._fed(targets), encoder_hidden_states=contexts.states, encoder_attention_mask=contexts.mask,
+            input_ids=self._fed(targets), encoder_hidden_states=contexts.states, encoder_attention_mask=contexts.attention_mask(),
             use_cache=False,
         ).last_hidden_state  # fmt: skip
         return states[:, len(self.decoder_prefix) - 1 :]
@@ -129,7 +144,7 @@ def forward(model: Any, contexts: Contexts, tokens: Tensor, **cache):
     """The whole model, not its decoder and its head: scalings and biases of a family stay the library's."""
     return model(
         encoder_outputs=BaseModelOutput(last_hidden_state=contexts.states),
-        attention_mask=contexts.mask,
+        attention_mask=contexts.attention_mask(),
         decoder_input_ids=tokens,
         **cache,
     )

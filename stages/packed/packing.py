@@ -70,7 +70,7 @@ class Packing:
         Beside it which token each token of these rows is [times * tokens], and where each token's copies are [tokens, times].
         """
         number, width = torch.arange(times, device=self.index.device), self.width
-        lengths, row = self.offsets[1:] - self.offsets[:-1], torch.div(self.index, width, rounding_mode="floor")
+        lengths, row = self.offsets[1:] - self.offsets[:-1], self.row()
         starts = times * self.offsets[:-1, None] + number * lengths[:, None]  # of each row's copies
         places = starts[row] + self.positions[:, None]
         # By scattering alone, which a CUDA graph can record.
@@ -82,9 +82,13 @@ class Packing:
         offsets = torch.cat([starts.flatten(), times * self.offsets[-1:]]).to(torch.int32)
         return Packing(copied * width + positions, positions, offsets, times * self.rows, width), of, places
 
+    def row(self) -> Tensor:
+        """The row of each token: [tokens]."""
+        return torch.div(self.index, self.width, rounding_mode="floor")
+
     def widened(self, width: int) -> "Packing":
         """The same tokens of rows [R, width]."""
-        index = torch.div(self.index, self.width, rounding_mode="floor") * width + self.positions
+        index = self.row() * width + self.positions
         return Packing(index, self.positions, self.offsets, self.rows, width)
 
     def pack(self, padded: Tensor) -> Tensor:
@@ -102,7 +106,7 @@ class PackedAnswers:
     """Contexts and their answers as the packed models score them: `tokens` real tokens, `answers` of answers.
 
     A context an answer, or `together` neighbouring ones, which it reads as one; `alone` asks for its log p under each of them
-    too.
+    too. With a `log_prior` it attends to each context's tokens as much as their context weighs.
     """
 
     ids: Tensor  # [tokens]
@@ -112,6 +116,7 @@ class PackedAnswers:
     answers: Packing
     together: int = 1
     alone: bool = False
+    log_prior: Tensor | None = None  # [contexts]; not of what CUDA graphs record
 
     def filled(self, tokens: int, answers: int, rows: int) -> "PackedAnswers":
         """With `rows` more answers of token 0 and their contexts, up to these numbers of tokens: the others do not see them."""
@@ -145,14 +150,20 @@ class PackedAnswers:
 
 def attention(
     query: Tensor, key: Tensor, value: Tensor, asking: Packing, asked: Packing, dropout: float, causal: bool = False,
-    scale: float | None = None, window: int | None = None,
+    scale: float | None = None, window: int | None = None, key_bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Softmax attention of packed [tokens, heads, d] queries, each over the keys of the row of the same number.
 
     Keys and values may have fewer heads, each shared by as many neighbouring ones of the queries. `scale` None is
     1 / sqrt(d). Where it is `causal` the queries of a row are the last of its keys' positions, and see none behind their own;
-    with a `window`, which wants that, their own and the window - 1 before it.
+    with a `window`, which wants that, their own and the window - 1 before it. `key_bias` [asked tokens] is added to every
+    logit of its key.
     """
+    if key_bias is not None:
+        width = query.shape[-1]
+        scale = scale or width**-0.5
+        padded = _with_bias(query, key, value, key_bias / scale)
+        return attention(*padded, asking, asked, dropout, causal, scale, window)[..., :width]
     query, key, value = in_autocast_dtype(query, key, value)
     if query.is_cuda and query.dtype in HALF and has_flash():
         # torch.nn.attention.varlen's kernel; its public function (torch 2.11 to 2.13) has no dropout.
@@ -173,6 +184,15 @@ def attention(
     mask = None if plain else _mask(asking, asked, causal, window)
     mixed = F.scaled_dot_product_attention(*padded, attn_mask=mask, dropout_p=dropout, is_causal=plain, scale=scale)
     return asking.pack(mixed.transpose(1, 2))
+
+
+def _with_bias(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> list[Tensor]:
+    """Queries, keys and values of 8 more dimensions: in the first the keys have the bias and the queries 1, which no kernel
+    need know of. FlashAttention's want a multiple of 8."""
+    column = bias.to(key.dtype)[:, None, None].expand(-1, key.shape[1], 1)
+    parts = (query, query.new_ones(1).expand(*query.shape[:-1], 1)), (key, column), (value,)
+    wide = query.shape[-1] + 8
+    return [F.pad(torch.cat(part, -1), (0, wide - sum(each.shape[-1] for each in part))) for part in parts]
 
 
 def _row_by_row(

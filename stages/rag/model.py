@@ -100,9 +100,10 @@ class Rag(nn.Module):
         """From now on training replays the generator's passes as CUDA graphs, where it has a packed likelihood.
 
         Not of passages read in parallel: a graph records one number of tokens, and would have to fill up blocks, what they see
-        beside themselves and tails, each to a number of its own.
+        beside themselves and tails, each to a number of its own. Nor of those read weighted: a graph's backward pass gives
+        gradients to weights alone.
         """
-        if self.packed and reading != "parallel":
+        if self.packed and reading not in ("parallel", "weighted"):
             limits = self.lengths.context_tokens, self.lengths.answer_tokens
             self.packed.graphs = CudaGraphs(
                 self.packed.log_probs,
@@ -216,16 +217,15 @@ class Rag(nn.Module):
         """Each question's negative log-likelihood under its retrieved passages.
 
         Reading each, `marginal` is sequence, token or average (see marginalization.py). Reading together or in parallel there is
-        none, and `retriever_gradient` names a loss for the retriever (retriever_losses.py), computed where gradients are.
+        none, and `retriever_gradient` names a loss for the retriever (retriever_losses.py), computed where gradients are; read
+        weighted, the prior is in the likelihood.
         `retriever_gradient` "none" cuts the gradient to all that ranks passages. What was `found` before (ahead.py,
         found_once.py) is not looked for again; contexts may have been packed before when reading each.
         """
         rows, scores, golds = found[:3] if found else self.find(batch, retriever_gradient)
         prior = marginalization.log_prior(scores)
         if reading != "each":
-            output = self._forward_together(
-                batch, rows, prior, retriever_gradient, label_smoothing, reading == "parallel"
-            )
+            output = self._forward_together(batch, rows, prior, retriever_gradient, label_smoothing, reading)
             return output._replace(gold_nll=golds)
         if found and found.packed:
             token_lp = self.packed_log_probs(found.packed, label_smoothing).unflatten(0, rows.shape)
@@ -251,10 +251,11 @@ class Rag(nn.Module):
 
     def _forward_together(
         self, batch: RagBatch, rows: Tensor, prior: Tensor, retriever_gradient: str, label_smoothing: float,
-        parallel: bool,
+        reading: str,
     ) -> RagOutput:  # fmt: skip
-        trains = retriever_gradient != "none" and torch.is_grad_enabled()
-        found = read_together(self, batch, rows, label_smoothing, trains, parallel)
+        trains = retriever_gradient in retriever_losses.LOSS and torch.is_grad_enabled()
+        weights = prior if reading == "weighted" else None
+        found = read_together(self, batch, rows, label_smoothing, trains, reading == "parallel", weights)
         nll = -found.joint.masked_fill(~batch.target_mask, 0.0).sum(-1)
         if not trains:
             return RagOutput(nll, prior.detach(), rows, found.context_tokens, 1)
@@ -262,10 +263,11 @@ class Rag(nn.Module):
         return RagOutput(nll, prior.detach(), rows, found.context_tokens, 1 + rows.shape[1] / 3, loss)
 
     def joint_log_probs(
-        self, batch: RagBatch, rows: Tensor, label_smoothing: float = 0.0, parallel: bool = False
-    ) -> Tensor:
+        self, batch: RagBatch, rows: Tensor, label_smoothing: float = 0.0, parallel: bool = False,
+        log_prior: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """log p(y_t | y_<t, x, z_1..z_K) [B, T] of the batch's targets under all of their passages `rows` [B, K] at once."""
-        return read_together(self, batch, rows, label_smoothing, parallel=parallel).joint
+        return read_together(self, batch, rows, label_smoothing, parallel=parallel, log_prior=log_prior).joint
 
     def token_log_probs(
         self, batch: RagBatch, input_ids: Tensor, attention_mask: Tensor, label_smoothing: float = 0.0

@@ -23,6 +23,11 @@ FEWEST_PASSAGE_TOKENS = 8  # that must fit beside the longest question
 def check_reading(generator: Generator, reading: str) -> None:
     """Raises ValueError where the generator cannot read passages in this way: each and together, all can."""
     config = generator.model.config
+    if reading == "weighted" and not config.is_encoder_decoder:
+        raise ValueError(
+            f"recipes: reading: weighted is of encoder-decoders, whose attention to the passages it weighs; this generator is of "
+            f"type {config.model_type}: use together or parallel"
+        )
     if reading != "parallel" or blocks.fits(config):
         return
     if config.is_encoder_decoder:
@@ -70,7 +75,7 @@ def open_rag(
     """Puts the pieces together on `device`; without a `prior` scores are inner products.
 
     With a `passage_encoder` the context encoder trains too. Unless `models_move`, the models stay where they are.
-    `reading` (each, together, parallel) decides how many positions the generator must have.
+    `reading` (each, together, weighted, parallel) decides how many positions the generator must have.
 
     Raises ValueError where they do not fit each other."""
     if encoder.dimension != index.vectors.shape[1]:

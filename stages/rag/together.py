@@ -2,7 +2,11 @@
 
 Encoder-decoder: the passages are encoded apart, each with the question, and the decoder attends to all of them end to end
 (Fusion-in-Decoder, Izacard & Grave 2021). The likelihoods under each passage alone, which train the retriever, come from
-the same encodings. Decoder-only: one prompt holds all passages in the order of the prior and the question once, behind them
+the same encodings. Read `weighted`, log p(z | x) is added to the logits of the attention to z's tokens: a passage is attended
+to p(z | x) times as much, one that is sure as if it were alone, and the likelihood itself trains the retriever (MARGE, Lewis
+et al. 2020, arXiv:2006.15020, which adds the scores; the softmax of attention does not see the difference).
+
+Decoder-only: one prompt holds all passages in the order of the prior and the question once, behind them
 (generation/causal.py), which in `parallel` do not see each other (generation/blocks.py); under each passage alone it reads
 prompts of their own.
 """
@@ -27,27 +31,28 @@ class Together(NamedTuple):
 
 def read_together(
     rag: nn.Module, batch: RagBatch, rows: Tensor, label_smoothing: float = 0.0, alone: bool = False,
-    parallel: bool = False,
+    parallel: bool = False, log_prior: Tensor | None = None,
 ) -> Together:  # fmt: skip
     """The batch's answers under all of their passages `rows` [B, K] by a Rag; those that are missing (-1) are left out.
 
     A question for which nothing was found is read alone. `alone`: under each passage by itself too, without label
-    smoothing. `parallel`, of decoder-only generators: no passage sees another.
+    smoothing. `parallel`, of decoder-only generators: no passage sees another. `log_prior` [B, K], of encoder-decoders: what
+    each passage weighs.
     """
     if not rag.generator_model.config.is_encoder_decoder:
         return _read_in_one_prompt(rag, batch, rows, label_smoothing, alone, parallel)
     input_ids, attention_mask = rag.contexts(batch, rows)
     read = attention_mask * read_at_all(rows).flatten()[:, None]
     if rag.packed:
-        packed = rag.packed.pack(input_ids, read, batch.targets, batch.target_mask, rows.shape[1], alone)
+        weights = None if log_prior is None else log_prior.flatten()
+        packed = rag.packed.pack(input_ids, read, batch.targets, batch.target_mask, rows.shape[1], alone, weights)
         scored = rag.packed_log_probs(packed, label_smoothing)
         if not alone:
             return Together(scored, None, read.sum())
         return Together(scored[..., 0], scored[..., 1:].detach().transpose(1, 2), read.sum())
     contexts = rag.generator.encode(input_ids, attention_mask)
-    joint = padded_log_probs(
-        rag.generator, Contexts(contexts.states, read).joined(rows.shape[1]), batch.targets, label_smoothing
-    )
+    joined = Contexts(contexts.states, read).joined(rows.shape[1], log_prior)
+    joint = padded_log_probs(rag.generator, joined, batch.targets, label_smoothing)
     if not alone:
         return Together(joint, None, read.sum())
     # After the joint pass: autocast keeps the copies of weights that the first one casts, with gradient or without.
@@ -56,15 +61,18 @@ def read_together(
     return Together(joint, each.unflatten(0, rows.shape), read.sum())
 
 
-def joint_contexts(rag: nn.Module, batch: RagBatch, rows: Tensor, contexts: Any, parallel: bool = False) -> Any:
+def joint_contexts(
+    rag: nn.Module, batch: RagBatch, rows: Tensor, contexts: Any, parallel: bool = False, log_prior: Tensor | None = None
+) -> Any:  # fmt: skip
     """What B questions' answers read at once: encoded contexts [B] of all of their passages `rows` [B, K].
 
-    `contexts` are those of each passage alone [B * K], as the generator encoded them; `parallel` as in `read_together`.
+    `contexts` are those of each passage alone [B * K], as the generator encoded them; `parallel` and `log_prior` as in
+    `read_together`.
     """
     if not rag.generator_model.config.is_encoder_decoder:
         return prompts_together(rag, batch, rows, parallel)
     read = contexts.mask * read_at_all(rows).flatten()[:, None]
-    return Contexts(contexts.states, read).joined(rows.shape[1])
+    return Contexts(contexts.states, read).joined(rows.shape[1], log_prior)
 
 
 def prompts_together(rag: nn.Module, batch: RagBatch, rows: Tensor, parallel: bool = False) -> Prompts:

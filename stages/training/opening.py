@@ -109,8 +109,8 @@ def build_rag(
     # Gradient checkpointing reads the random state on its way back, which a graph cannot.
     record = params.runtime.cuda_graphs and device.type == "cuda" and not params.train.gradient_checkpointing
     if record and not few_bits:
-        if params.recipe.reading == "parallel" and ranks.is_main():
-            print("recipes: reading: parallel: without CUDA graphs")
+        if params.recipe.reading in ("parallel", "weighted") and ranks.is_main():
+            print(f"recipes: reading: {params.recipe.reading}: without CUDA graphs")
         rag.record_graphs(params.recipe.reading)
     return rag, precision
 

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from stages.compute import ranks
+from stages.generation import retriever_losses
 from stages.machine.signals import Interrupted
 from stages.params import Recipe, Train
 from stages.rag.batches import Examples
@@ -232,7 +233,7 @@ class Trainer:
     def _retriever_loss(self, sums: dict[str, torch.Tensor | float]) -> dict[str, float]:
         """Where it is a loss of its own."""
         recipe = self.recipe
-        if recipe.reading == "each" or recipe.retriever_gradient == "none":
+        if recipe.retriever_gradient not in retriever_losses.LOSS:
             return {}
         return {"retriever_loss": float(sums["retriever_loss"]) / sums["questions"]}
 

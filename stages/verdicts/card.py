@@ -30,6 +30,8 @@ READ = {
     "each": "Lewis et al. 2020): a question encoder and a generator, trained jointly by marginalising over retrieved passages",
     "together": "Izacard & Grave 2021): a generator that reads all retrieved passages of a question at once, trained with its "
     "question encoder",
+    "weighted": "Lewis et al. 2020, MARGE): a generator that reads all retrieved passages of a question at once, each as much "
+    "as the retriever weighs it, trained with its question encoder",
     "parallel": "Ratner et al. 2023): a generator that reads all retrieved passages of a question at once, none of which sees "
     "another, trained with its question encoder",
 }

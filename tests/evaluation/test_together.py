@@ -12,6 +12,7 @@ from stages.generation.generator import generator_from
 from stages.rag.opening import open_rag
 from tests.evaluation.test_answering import ASKED, GOLD_ROWS, PASSAGES, SETTINGS
 from tests.evaluation.test_decoding import check
+from tests.rag.test_families import rag_of as family_of
 from tests.rag.test_model import lose
 from tests.tiny_rag import ANSWERS, LENGTHS, QUESTIONS, tiny_rag, tokenizer
 
@@ -89,6 +90,35 @@ def test_one_passage_a_question_is_answered_as_when_read_by_itself(kind):
     rag = rag_of(kind, n_docs=1)
     for one, other in zip(*(evaluated(rag, way)[1] for way in ("each", "together")), strict=True):
         assert one == other
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_a_passage_of_twice_the_prior_is_answered_from_as_one_that_stands_there_twice(family):
+    rag = family_of(family)
+    examples = rag.examples(QUESTIONS, ANSWERS)
+    rows = retrieve(rag, examples, 3, 4).rows
+    prior = torch.tensor([3 / 6, 2 / 6, 1 / 6]).log().expand(9, -1)
+
+    def answers(rows, prior, reading, batch_size=9):
+        settings = SETTINGS.model_copy(update={"batch_size": batch_size, "num_beams": 3})
+        return list(answer(rag, examples, rows, prior, settings, "sequence", "", reading=reading))
+
+    found = answers(rows, prior, "weighted")
+    copies = answers(torch.cat([rows, rows[:, [0, 0, 1]]], 1), torch.zeros(9, 6).log_softmax(1), "together")
+    plain = answers(rows, prior, "together")
+    for one, other in zip(found, copies, strict=True):
+        assert one.token_ids == other.token_ids and one.log_prob == pytest.approx(other.log_prob, abs=1e-4)
+    assert [one.log_prob for one in found] != pytest.approx([one.log_prob for one in plain], abs=1e-2)
+    for one, other in zip(found, answers(rows, prior, "weighted", batch_size=1), strict=True):
+        check(one, (*other.token_ids, EOS), other.log_prob, other.doc_log_probs, LENGTHS.answer_tokens)
+
+
+def test_weighted_a_question_without_passages_gets_its_closed_book_answer():
+    rag = family_of("bart")
+    lose(rag)
+    metrics, predictions = evaluated(rag, "weighted", SETTINGS.model_copy(update={"batch_size": 9}))
+    assert metrics["questions_without_passages"] == 1 and predictions[0]["passages"] == []
+    assert predictions[0]["prediction"] == predictions[0]["without_passage"]["prediction"]
 
 
 def test_a_prompt_of_all_passages_must_fit_into_the_model():

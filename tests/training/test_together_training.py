@@ -23,10 +23,14 @@ from tests.training.test_index_refresh import refreshing_rag
 from tests.training.test_trainer import SGD_STEP, assert_same_weights, killed_and_resumed, sgd, untimed  # noqa: F401
 
 BOTH = pytest.mark.parametrize("gradient", ["emdr2", "perplexity_distillation"])
+WAYS = pytest.mark.parametrize("gradient", ["emdr2", "perplexity_distillation", "exact"])
+WEIGHTED = {"reading": "weighted", "retriever_gradient": "exact"}
 
 
 def recipe_of(gradient="emdr2"):
-    return NEW.model_copy(update={"reading": "together", "retriever_gradient": gradient})
+    """Exact is the gradient of a prior that has a part in the reading."""
+    reading = "weighted" if gradient == "exact" else "together"
+    return NEW.model_copy(update={"reading": reading, "retriever_gradient": gradient})
 
 
 def run(gradient="emdr2", folder=None, on_point=lambda point: None, rag=None, **settings):
@@ -44,7 +48,7 @@ def moved(trainer, start):
     return {name.split(".")[0] for name, value in start.items() if not torch.equal(value, now[name])}
 
 
-@BOTH
+@WAYS
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(2, 4), (1, 8), (3, 3)])
 def test_however_a_step_is_cut_up_the_update_is_the_same(sgd, gradient, batch_size, accumulation):  # noqa: F811
     count = batch_size * accumulation
@@ -54,7 +58,8 @@ def test_however_a_step_is_cut_up_the_update_is_the_same(sgd, gradient, batch_si
     assert_same_weights(whole, parts, 1e-6)
     assert moved(whole, tiny_rag().state_dict()) == {"question_encoder", "generator_model"}
     for one, other in zip(whole.progress.history[1:], parts.progress.history[1:], strict=True):
-        for name in ("train_loss_per_sequence", "retriever_loss", "gradient_norm"):
+        assert ("retriever_loss" in one) == (gradient != "exact")
+        for name in {"train_loss_per_sequence", "retriever_loss", "gradient_norm"} & one.keys():
             assert one[name] == pytest.approx(other[name], rel=1e-4)
 
 
@@ -69,9 +74,12 @@ def test_killed_and_resumed_equals_never_killed(tmp_path, killed_at):
     assert untimed(resumed) == untimed(whole) and "retriever_loss" in untimed(whole)[-1]
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(sgd):  # noqa: F811
+@pytest.mark.parametrize("gradient", ["emdr2", "exact"])
+def test_gradient_checkpointing_changes_nothing_but_memory(sgd, gradient):  # noqa: F811
     for family in ("bart", "t5"):
-        plain, recomputed = (run(rag=rag_of(family), gradient_checkpointing=on, **SGD_STEP) for on in (False, True))
+        plain, recomputed = (
+            run(gradient, rag=rag_of(family), gradient_checkpointing=on, **SGD_STEP) for on in (False, True)
+        )
         assert_same_weights(plain, recomputed, 1e-6)
 
 
@@ -176,9 +184,10 @@ def test_it_learns_and_transformers_own_class_loads_what_it_leaves(family, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gradient", ["emdr2", "perplexity_distillation"])
+@WAYS
 def test_however_many_ranks_share_an_update_it_is_the_same(crew, tmp_path, gradient):
-    settings = {"recipe": TOGETHER | {"retriever_gradient": gradient}, **THREE_STEPS}
+    recipe = recipe_of(gradient).model_dump(include={"reading", "retriever_gradient"})
+    settings = {"recipe": recipe, **THREE_STEPS}
     crew.do("train", tmp_path / "ranks", batch_size=4, gradient_accumulation_steps=2, **settings)
     whole = alone(tmp_path / "alone", batch_size=8, gradient_accumulation_steps=1, **settings)
     assert_same(whole, tmp_path / "ranks", 2)
@@ -191,8 +200,9 @@ def test_however_many_ranks_share_an_update_it_is_the_same(crew, tmp_path, gradi
         {"generator": "bart"},
         {"generator": "t5", "batch_size": 1, "gradient_accumulation_steps": 3},
         {"gradient_checkpointing": True},
+        {"recipe": WEIGHTED},
     ],
-    ids=["bart", "t5, three questions", "gradient checkpointing"],
+    ids=["bart", "t5, three questions", "gradient checkpointing", "weighted"],
 )
 def test_with_fsdp_too(crew, tmp_path, settings):
     settings = {"recipe": TOGETHER, **THREE_STEPS, "max_grad_norm": 1e9} | settings

@@ -29,12 +29,14 @@ def test_a_card_names_recipe_data_scores_and_how_to_load():
 
 
 def test_a_card_says_how_passages_are_read():
-    together, parallel = (
-        TRAINED | {"params": TRAINED["params"] | {"recipe.reading": way}} for way in ("together", "parallel")
+    together, weighted, parallel = (
+        TRAINED | {"params": TRAINED["params"] | {"recipe.reading": way}}
+        for way in ("together", "weighted", "parallel")
     )
     for trained, said in (
         (TRAINED, "marginalising over retrieved"),
         (together, "reads all retrieved passages of a question"),
+        (weighted, "MARGE.*each as much as the retriever weighs it"),
         (parallel, "Ratner et al. 2023.*none of which sees another"),
     ):
         assert re.search(
