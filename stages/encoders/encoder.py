@@ -5,13 +5,14 @@ DPR's two classes (Karpukhin et al. 2020), and BERT-like models whose states are
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import DPRContextEncoder, DPRQuestionEncoder, PreTrainedTokenizerBase
 
@@ -216,3 +217,14 @@ def padded_rows(store: TokenStore, rows: Tensor, pad: int, device: torch.device)
     ids, lengths = store.padded(rows.to(store.offsets.device), limit=1 << 30, pad=pad)
     mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
     return ids.to(device, non_blocking=True), mask.long().to(device, non_blocking=True)
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Without dropout until the block ends."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)

@@ -39,15 +39,14 @@ class FoundOnce:
     def of(self, rag: Any, batch: RagBatch, questions: list[int]) -> Found:
         """What `rag` finds for this batch of these training questions, without gradient."""
         chosen = torch.tensor(questions)
-        if not self.known[chosen].all():
-            with torch.no_grad():
-                rows, scores, _ = rag.find(batch, "none")
-            places = chosen.to(self.rows.device)
-            self.rows[places], self.scores[places] = rows, scores.float()
-            self.known[chosen] = True
-            return Found(rows, scores)
         places = chosen.to(self.rows.device)
-        return Found(self.rows[places], self.scores[places])
+        if self.known[chosen].all():
+            return Found(self.rows[places], self.scores[places])
+        with torch.no_grad():
+            rows, scores, _ = rag.find(batch, "none")
+        self.rows[places], self.scores[places] = rows, scores.float()
+        self.known[chosen] = True
+        return Found(rows, scores)
 
     def tensors(self) -> dict[str, Tensor]:
         """What is known so far, for a checkpoint."""

@@ -6,8 +6,7 @@ loss for the retriever. Where the context encoder trains too, the passages found
 reranker the passages read are the best of more candidates.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from torch.nn.functional import pad
 from stages.bm25.hits import Hits
 from stages.corpus.token_store import TokenStore
 from stages.encoders.cross_encoder import Asked
-from stages.encoders.encoder import Encoder, padded_rows
+from stages.encoders.encoder import Encoder, in_eval_mode, padded_rows
 from stages.generation import marginalization, retriever_losses
 from stages.generation.contexts import assemble_contexts
 from stages.generation.generator import Generator
@@ -293,17 +292,6 @@ class Rag(nn.Module):
         """What the packed likelihood says of them, by the working copy where there is one."""
         with self.working.computing() if self.working else nullcontext():
             return self.packed.score(packed, label_smoothing)
-
-
-@contextmanager
-def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Without dropout until the block ends."""
-    was_training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was_training)
 
 
 def packed_likelihood(generator: Generator) -> PackedBart | PackedCausal | None:

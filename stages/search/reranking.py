@@ -12,6 +12,7 @@ from torch import Tensor
 from stages.compute.precision import has_bf16
 from stages.corpus.token_store import TokenStore
 from stages.encoders.cross_encoder import Asked, CrossEncoder, load_cross_encoder
+from stages.encoders.encoder import in_eval_mode
 from stages.search import reranker_folder
 
 TOKENS_AT_ONCE = {"cpu": 16384, "cuda": 262144}
@@ -46,19 +47,17 @@ class Reranker:
     @torch.no_grad()
     def scores_of_all(self, asked: Asked, rows: Tensor) -> Tensor:
         """The same of many candidates: without gradient and dropout, on a GPU in bf16, as many at once as memory takes."""
-        device, model = self.device, self.encoder.model
-        was_training = model.training
-        model.eval()
+        device = self.device
         dtype = torch.bfloat16 if has_bf16(device) else None
         pair = asked.ids.shape[1] + self.encoder.frame.size + self.longest
         at_once = max(1, TOKENS_AT_ONCE[device.type] // (pair * rows.shape[1]))
         parts = []
-        for first in range(0, len(rows), at_once):
-            some = slice(first, first + at_once)
-            chosen, repeated = rows[some], Asked(asked.ids[some], asked.lengths[some]).repeated(rows.shape[1])
-            pairs = self.encoder.pairs(repeated, self.tokens, chosen.flatten())
-            parts.append(self.encoder.scores(pairs, dtype).view(chosen.shape))
-        model.train(was_training)
+        with in_eval_mode(self.encoder.model):
+            for first in range(0, len(rows), at_once):
+                some = slice(first, first + at_once)
+                chosen, repeated = rows[some], Asked(asked.ids[some], asked.lengths[some]).repeated(rows.shape[1])
+                pairs = self.encoder.pairs(repeated, self.tokens, chosen.flatten())
+                parts.append(self.encoder.scores(pairs, dtype).view(chosen.shape))
         return torch.cat(parts).masked_fill(rows < 0, 0.0)
 
     def to(self, device: torch.device) -> "Reranker":

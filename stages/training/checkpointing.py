@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from stages.compute import ranks
@@ -13,7 +14,7 @@ from stages.rag.model import Rag
 from stages.storage import checkpoints as checkpointing
 from stages.storage.checkpoints import Checkpoints
 from stages.training import fsdp
-from stages.training.index_refresh import Refresh, split_snapshots
+from stages.training.index_refresh import SNAPSHOT, Refresh
 from stages.training.progress import Progress, Window
 
 
@@ -98,8 +99,8 @@ class Keeper:
         if found is None:
             return None
         weights, state = found
-        weights, snapshots = split_snapshots(weights)
-        found_once = {name: weights.pop(name) for name in list(weights) if name.startswith(PREFIX)}
+        weights, snapshots = without_prefix(weights, SNAPSHOT)
+        weights, found_once = without_prefix(weights, PREFIX)
         if self.once:
             self.once.restore(found_once)
         checkpointing.load_weights(self.rag, weights)
@@ -131,3 +132,9 @@ class Keeper:
         if ranks.is_main():
             self.copies[write.__name__] = copies
             self.writing = self.writer.submit(write, step, *copies, *what)
+
+
+def without_prefix(tensors: dict[str, Tensor], prefix: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A checkpoint's tensors whose names do not begin so, and those that lie beside the model's under this prefix."""
+    beside = {name: value for name, value in tensors.items() if name.startswith(prefix)}
+    return {name: value for name, value in tensors.items() if name not in beside}, beside

@@ -112,9 +112,3 @@ class Refresh:
         """Waits for the vectors of this step's weights and searches them from here on."""
         self.rag.index, self.making = self.making.result(), None
         self.snapshots = {taken: held for taken, held in self.snapshots.items() if taken >= step}
-
-
-def split_snapshots(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A checkpoint's tensors: the model's own, and those that `Refresh.tensors` put beside them."""
-    snapshots = {name: value for name, value in weights.items() if name.startswith(SNAPSHOT)}
-    return {name: value for name, value in weights.items() if name not in snapshots}, snapshots

@@ -4,6 +4,7 @@ import torch
 
 from stages.compute import ranks
 from stages.compute.out_of_memory import SingleQuestion, in_batches
+from stages.encoders.encoder import in_eval_mode
 from stages.rag.batches import Examples
 from stages.rag.model import Rag
 from stages.training import fsdp
@@ -23,9 +24,6 @@ def validation_loss(
     SingleQuestion, on every rank, where one of them has no room for a single question.
     """
     measured = "token" if marginal == "token" else "sequence"
-    was_training = rag.training
-    rag.eval()
-
     mine = ranks.share(list(range(len(validation))))
     counted = len(mine)
     mine += [0] * fsdp.missing_passes(rag, counted)
@@ -38,7 +36,7 @@ def validation_loss(
 
     parts: list[list[float]] = []
     no_room = False
-    with torch.no_grad():
+    with torch.no_grad(), in_eval_mode(rag):
         try:
             parts += in_batches(len(mine), batch_size, sums, halve=not fsdp.is_sharded(rag))
         except SingleQuestion:
@@ -49,7 +47,6 @@ def validation_loss(
     })  # fmt: skip
     if total["no_room"]:
         raise SingleQuestion
-    rag.train(was_training)
     return {
         "val_loss_per_sequence": total["nll"] / len(validation),
         "val_loss_per_token": total["nll"] / int(validation.target_mask.sum()),
