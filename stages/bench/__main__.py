@@ -37,8 +37,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--recipe", choices=("new", "old"), default="new")
     made.add_argument(
         "--reading", choices=("each", "together", "weighted", "parallel"), default="each",
-        help="train, decode: together is FiD's; weighted, encoder-decoder: so, each by its prior; parallel, decoder-only: none "
-        "sees another",
+        help="train, decode: together is FiD's; weighted: each read by its prior; parallel, decoder-only: none sees another",
     )  # fmt: skip
     made.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto")
     made.add_argument("--steps", type=int, default=10, help="optimizer steps a run")

@@ -23,7 +23,7 @@ from stages.generation import marginalization
 from stages.params import Evaluate
 from stages.rag.batches import Examples
 from stages.rag.model import Rag
-from stages.rag.together import joint_contexts
+from stages.rag.together import APART, joint_contexts
 
 if TYPE_CHECKING:  # a second that one question need not wait for
     from datasets import Dataset
@@ -53,7 +53,7 @@ def answer(
         # A single passage read together is that passage alone.
         together = reading != "each" and rows.shape[1] > 1
         weights = log_prior[chosen] if reading == "weighted" else None
-        parallel = reading == "parallel"
+        parallel = reading in APART
         joined = partial(joint_contexts, rag, batch, rows[chosen], parallel=parallel, log_prior=weights)
         return generate(
             rag.generator, input_ids.view(shape), attention_mask.view(shape), log_prior[chosen],

@@ -24,6 +24,7 @@ class CausalState:
     positions: Tensor  # [R], of the next token
     prompt: int
     logits: Tensor  # [R, V] of the answer's first token
+    bias: Tensor | None = None  # [R, prompt] added to the logits of what is written, where passages weigh
 
     @classmethod
     def of(cls, generator: Causal, contexts: Prompts) -> "CausalState":
@@ -32,17 +33,18 @@ class CausalState:
         place = torch.arange(width, device=length.device) - (width - length)
         ids = contexts.ids.gather(1, place.clamp(min=0)).masked_fill(place < 0, generator.pad_token_id)
         mask = (place >= 0).long()
-        seen, positions = mask, place.clamp(min=0)
+        seen, positions, bias = mask, place.clamp(min=0), None
         if contexts.blocks:
             blocks = contexts.blocks.columns(positions)
             # Padding sees itself: attention over nothing may be NaN, and stays in the cache.
             itself = torch.eye(width, dtype=torch.bool, device=mask.device)
-            seen, positions = (blocks.seen() & (place >= 0)[:, None, None]) | itself, blocks.positions
+            seen = blocks.mask(generator.model.dtype, (blocks.seen() & (place >= 0)[:, None, None]) | itself)
+            positions, bias = blocks.positions, blocks.bias
         last = torch.full_like(length, width - 1)
         output = generator.forward(
             last, input_ids=ids, attention_mask=seen, use_cache=True, **_placed(generator, positions)
         )
-        return cls(generator, left_in(output), mask, positions[:, -1] + 1, width, output.logits[:, 0])
+        return cls(generator, left_in(output), mask, positions[:, -1] + 1, width, output.logits[:, 0], bias)
 
     def first(self) -> Tensor:
         """log p of the answer's first token, fp32 [R, V]."""
@@ -53,7 +55,7 @@ class CausalState:
         self.mask = torch.cat([self.mask, torch.ones_like(tokens)], dim=1)
         positions = self.positions[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         output = self.generator.forward(
-            None, input_ids=tokens, attention_mask=self.mask, use_cache=True,
+            None, input_ids=tokens, attention_mask=self._seen(tokens.shape[1]), use_cache=True,
             **feed(self.generator.model, self.cache), **_placed(self.generator, positions),
         )  # fmt: skip
         self.cache, self.positions = left_in(output), self.positions + tokens.shape[1]
@@ -81,7 +83,19 @@ class CausalState:
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in cache.layers]
         cache.batch_select_indices(rows)
-        return CausalState(self.generator, cache, self.mask[rows], self.positions[rows], self.prompt, self.logits[rows])
+        bias = None if self.bias is None else self.bias[rows]
+        kept = self.mask[rows], self.positions[rows], self.prompt, self.logits[rows], bias
+        return CausalState(self.generator, cache, *kept)
+
+    def _seen(self, count: int) -> Tensor:
+        """The mask of the last `count` slots' tokens: [R, slots], or added to the logits, [R, 1, count, slots]."""
+        if self.bias is None:
+            return self.mask
+        slots, dtype = self.mask.shape[1], self.generator.model.dtype
+        place = torch.arange(slots, device=self.mask.device)
+        seen = self.mask.bool()[:, None, None] & (place <= place[-count:, None])
+        added = torch.nn.functional.pad(self.bias, (0, slots - self.prompt))[:, None, None]
+        return added.masked_fill(~seen, torch.finfo(dtype).min).to(dtype)
 
 
 def _placed(generator: Causal, positions: Tensor) -> dict[str, Tensor]:

@@ -5,7 +5,8 @@ prompt ask it together. What the hypotheses have written lies in one tensor for 
 by one operation. The library's way (transformers.models.llama.modeling_llama) gives the same logits; it pads prompts,
 copies them for every beam and takes several times as long between the kernels.
 
-Passages read in parallel (generation/blocks.py) make one prompt too: what is written sees all of it, at the positions behind.
+Passages read in parallel (generation/blocks.py) make one prompt too: what is written sees all of it, at the positions behind,
+weighted or not.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from torch import LongTensor, Tensor, nn
 from stages.evaluation.shared_contexts import SharedContexts, attend_before, merged
 from stages.generation.blocks import PackedBlocks, causal_attention
 from stages.generation.causal import Causal, Prompts
-from stages.packed.packing import Packing
+from stages.packed.packing import Packing, biased
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROOM = 8  # tokens that a hypothesis has room for at first; doubled where it gets longer
@@ -52,18 +53,22 @@ class LlamaState:
         """Reads the prompts, once; a hypothesis stands on each."""
         layers, packing = Layers(generator.model), Packing.of(prompts.mask)
         asking = PackedBlocks.of(prompts.blocks, prompts.mask) if prompts.blocks else packing
+        bias = asking.bias if prompts.blocks else None
         read = []
 
         def mix(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
             # Contiguous: as parts of one projection they would keep the queries in memory.
-            read.append((key.contiguous(), value.contiguous()))
-            return causal_attention(query, *read[-1], asking, scale=scale)
+            pair = key.contiguous(), value.contiguous()
+            read.append(pair if bias is None else biased(*pair, bias / scale))
+            return causal_attention(query, *pair, asking, scale=scale)
 
         states = layers.states(packing.pack(prompts.ids), asking.positions, mix)
         last = packing.offsets[1:].long() - 1
         key = read[0][0]
-        own = key.new_empty(len(read), 2, packing.rows, key.shape[1], ROOM, key.shape[2])
-        return cls(layers, SharedContexts.of(read, packing), own, states[last], asking.positions[last] + 1)
+        own = key.new_empty(len(read), 2, packing.rows, key.shape[1], ROOM, layers.head_dim)
+        return cls(
+            layers, SharedContexts.of(read, packing, bias is not None), own, states[last], asking.positions[last] + 1
+        )
 
     def first(self) -> Tensor:
         """log p of the answer's first token, fp32 [R, V]."""
@@ -109,6 +114,7 @@ class Layers:
 
     def __init__(self, model: nn.Module):
         self.model, self.head = model.model, model.lm_head
+        self.head_dim = model.model.layers[0].self_attn.head_dim
         # One product in place of three. Made for every batch anew: a copy of a few weights, and no older one can be met.
         self.projections = []
         for layer in self.model.layers:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import LongTensor, Tensor
 
-from stages.packed.packing import HALF, Packing, has_flash
+from stages.packed.packing import HALF, Packing, asking_bias, has_flash
 
 # What attention gives [R, n, heads, d] and, beside it, the log of its scores' sum of exponentials [R, n, heads], fp32.
 Part = tuple[Tensor, Tensor]
@@ -43,23 +43,25 @@ class SharedContexts:
     """Each layer's keys and values of C contexts, and the hypotheses on them; the contexts are never copied for these.
 
     On a GPU in half precision they stay packed [tokens, heads, d], as FlashAttention reads them (`packing` says where they
-    are). Elsewhere they are padded [C, heads, L, d], for matrix products, and `packing` is None.
+    are). Elsewhere they are padded [C, heads, L, d], for matrix products, and `packing` is None. `biased`: the keys are those of
+    packing.py's `biased`.
     """
 
     layers: list[tuple[Tensor, Tensor]]
     lengths: Tensor  # [C]
     hypotheses: Hypotheses
     packing: Packing | None
+    biased: bool = False
 
     @classmethod
-    def of(cls, layers: list[tuple[Tensor, Tensor]], packing: Packing) -> "SharedContexts":
+    def of(cls, layers: list[tuple[Tensor, Tensor]], packing: Packing, biased: bool = False) -> "SharedContexts":
         """From packed keys and values [tokens, heads, d]; a hypothesis stands on each context."""
         flash = uses_flash(layers[0][0])
         if not flash:
             layers = [tuple(packing.unpack(part).transpose(1, 2).contiguous() for part in pair) for pair in layers]
         lengths = (packing.offsets[1:] - packing.offsets[:-1]).long()
         each = Hypotheses.on(torch.arange(packing.rows, device=lengths.device), packing.rows)
-        return cls(layers, lengths, each, packing if flash else None)
+        return cls(layers, lengths, each, packing if flash else None, biased)
 
     def under(self, rows: LongTensor) -> "SharedContexts":
         """The same for hypotheses on the contexts of the given rows. What is padded leaves out contexts that none asks."""
@@ -68,12 +70,17 @@ class SharedContexts:
             used, place = context.unique(return_inverse=True)
             if len(used) < len(self.lengths):
                 layers = [(key[used], value[used]) for key, value in self.layers]
-                return SharedContexts(layers, self.lengths[used], Hypotheses.on(place, len(used)), None)
+                return SharedContexts(layers, self.lengths[used], Hypotheses.on(place, len(used)), None, self.biased)
         return replace(self, hypotheses=Hypotheses.on(context, len(self.lengths)))
 
     def read(self, query: Tensor, layer: int, scale: float) -> Part:
         """What the hypotheses' queries [R, n, heads, d] find in their contexts."""
-        key, value = self.layers[layer]
+        if self.biased:
+            mixed, total = self._read(asking_bias(query), *self.layers[layer], scale)
+            return mixed[..., : query.shape[-1]], total
+        return self._read(query, *self.layers[layer], scale)
+
+    def _read(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Part:
         if self.packing is not None:
             return self._read_packed(query, key, value, scale)
         at, contexts = self.hypotheses, len(self.lengths)

@@ -1,4 +1,4 @@
-"""Passages of one prompt that do not see each other: reading `parallel`, by decoder-only generators.
+"""Passages of one prompt that do not see each other: reading `parallel` or `weighted`, by decoder-only generators.
 
 Parallel Context Windows (Ratner et al. 2023, arXiv:2212.10947), block attention (Sun et al. 2024, arXiv:2409.15355); what
 Fusion-in-Decoder (Izacard & Grave 2021) is to an encoder-decoder. A prompt is a prefix (BOS, or what a chat template puts
@@ -14,6 +14,10 @@ the tail sees everything, nobody sees what stands behind.
 - There is no separator, which would make the first passage another one than the rest. So the states of a passage depend on
   nothing but its tokens and the prefix, and the likelihood of an answer not on the order of the passages.
 - Time and memory grow with the number of tokens, not with its square: no token sees more than a block, but the tail's.
+
+Read `weighted`, log p(z | x) is added to the logits of the tail's attention to passage z, as an encoder-decoder's to its
+passages (rag/together.py). All passages together then have the attention of one: copies of a passage, whatever their prior, are
+read as that passage alone.
 """
 
 from dataclasses import dataclass, replace
@@ -43,6 +47,7 @@ class Blocks:
     positions: Tensor  # [R, L] what the model is told
     prefix: int  # tokens that all see, at positions 0 to prefix - 1
     passages: int  # K
+    bias: Tensor | None = None  # [R, L] added to the logits of the tail's attention to each token
 
     @classmethod
     def of(cls, ends: Tensor, prefix: int, width: int) -> "Blocks":
@@ -53,6 +58,12 @@ class Blocks:
         longest = starts.diff(dim=1).amax(1, keepdim=True)
         first = prefix + longest * (number == ends.shape[1])
         return cls(number, column - starts.gather(1, number) + first, prefix, ends.shape[1])
+
+    def weighed(self, log_prior: Tensor) -> "Blocks":
+        """The same, each passage of [R, K] of these weights."""
+        of_passage = (self.number < self.passages) & (self.positions >= self.prefix)
+        bias = log_prior.gather(1, self.number.clamp(max=self.passages - 1))
+        return replace(self, bias=torch.where(of_passage, bias, 0.0))
 
     def repeat(self, times: int) -> "Blocks":
         """Every row `times` times, copies side by side."""
@@ -73,6 +84,7 @@ class Blocks:
             self,
             number=F.pad(self.number, (0, count), value=self.passages),
             positions=torch.cat([self.positions, last + further], dim=1),
+            bias=None if self.bias is None else F.pad(self.bias, (0, count)),
         )
 
     def seen(self) -> Tensor:
@@ -82,8 +94,18 @@ class Blocks:
         column = torch.arange(self.number.shape[1], device=self.number.device)
         return ((same | from_tail[:, :, None] | prefix[:, None]) & (column <= column[:, None]))[:, None]
 
+    def mask(self, dtype: torch.dtype, seen: Tensor | None = None) -> Tensor:
+        """`seen` (None: the method's) as the library's models take it; where passages weigh, what is added to the logits."""
+        seen = self.seen() if seen is None else seen
+        if self.bias is None:
+            return seen
+        from_tail = (self.number == self.passages)[:, None, :, None]
+        added = torch.where(from_tail, self.bias[:, None, None], 0.0)
+        return added.masked_fill(~seen, torch.finfo(dtype).min).to(dtype)
+
     def _each(self, change) -> "Blocks":
-        return replace(self, number=change(self.number), positions=change(self.positions))
+        bias = None if self.bias is None else change(self.bias)
+        return replace(self, number=change(self.number), positions=change(self.positions), bias=bias)
 
 
 @dataclass
@@ -100,6 +122,7 @@ class PackedBlocks:
     asked: Packing  # of `before`, or the blocks
     tail: LongTensor  # [tail tokens] which tokens these are
     tails: Packing  # R rows
+    bias: Tensor | None = None  # [tokens] added to the logits of the tails' attention to each
 
     @classmethod
     def of(cls, blocks: Blocks, mask: Tensor) -> "PackedBlocks":
@@ -112,7 +135,8 @@ class PackedBlocks:
         own = _packing(lengths)
         of_tail = lengths.view(-1, parts)[:, -1]
         tail = (number == blocks.passages).nonzero().squeeze(1)
-        made = cls(prompts, prompts.pack(blocks.positions), own, None, own, tail, _packing(of_tail))
+        bias = None if blocks.bias is None else prompts.pack(blocks.bias)
+        made = cls(prompts, prompts.pack(blocks.positions), own, None, own, tail, _packing(of_tail), bias)
         if not blocks.prefix:
             return made
         follows = (torch.arange(len(lengths), device=lengths.device) % parts > 0) & (lengths > 0)
@@ -135,7 +159,17 @@ class PackedBlocks:
         """What `causal_attention` says."""
         near = (key, value) if self.before is None else (key[self.before], value[self.before])
         mixed = attention(query, *near, self.blocks, self.asked, dropout, causal=True, scale=scale)
-        of_tails = attention(query[self.tail], key, value, self.tails, self.prompts, dropout, causal=True, scale=scale)
+        of_tails = attention(
+            query[self.tail],
+            key,
+            value,
+            self.tails,
+            self.prompts,
+            dropout,
+            causal=True,
+            scale=scale,
+            key_bias=self.bias,
+        )
         return mixed.index_copy(0, self.tail, of_tails)
 
 

@@ -117,7 +117,7 @@ class Causal:
             blocks = contexts.blocks.longer(fed)
             # Padding may stand behind the last position that the model has.
             positions = blocks.positions.masked_fill(place >= fed, 0)
-            given |= {"attention_mask": blocks.seen(), "position_ids": positions}
+            given |= {"attention_mask": blocks.mask(self.model.dtype), "position_ids": positions}
         return given, lengths - 1 + torch.arange(targets.shape[1], device=ids.device)
 
     def forward(self, predicting: Tensor | None, **inputs):

@@ -162,8 +162,8 @@ def attention(
     if key_bias is not None:
         width = query.shape[-1]
         scale = scale or width**-0.5
-        padded = _with_bias(query, key, value, key_bias / scale)
-        return attention(*padded, asking, asked, dropout, causal, scale, window)[..., :width]
+        given = asking_bias(query), *biased(key, value, key_bias / scale)
+        return attention(*given, asking, asked, dropout, causal, scale, window)[..., :width]
     query, key, value = in_autocast_dtype(query, key, value)
     if query.is_cuda and query.dtype in HALF and has_flash():
         # torch.nn.attention.varlen's kernel; its public function (torch 2.11 to 2.13) has no dropout.
@@ -186,13 +186,19 @@ def attention(
     return asking.pack(mixed.transpose(1, 2))
 
 
-def _with_bias(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> list[Tensor]:
-    """Queries, keys and values of 8 more dimensions: in the first the keys have the bias and the queries 1, which no kernel
-    need know of. FlashAttention's want a multiple of 8."""
+def biased(key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [tokens, heads, d + 8] that give `bias` [tokens] x scale to every query of `asking_bias`.
+
+    It lies in one more dimension of the keys, where the queries have 1: no kernel need know of it. FlashAttention's want a
+    multiple of 8.
+    """
     column = bias.to(key.dtype)[:, None, None].expand(-1, key.shape[1], 1)
-    parts = (query, query.new_ones(1).expand(*query.shape[:-1], 1)), (key, column), (value,)
-    wide = query.shape[-1] + 8
-    return [F.pad(torch.cat(part, -1), (0, wide - sum(each.shape[-1] for each in part))) for part in parts]
+    return F.pad(torch.cat([key, column], -1), (0, 7)), F.pad(value, (0, 8))
+
+
+def asking_bias(query: Tensor) -> Tensor:
+    """Queries [..., d + 8] of `biased` keys; of what they find the first d dimensions count."""
+    return F.pad(F.pad(query, (0, 1), value=1.0), (0, 7))
 
 
 def _row_by_row(

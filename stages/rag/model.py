@@ -32,7 +32,7 @@ from stages.rag.batches import Examples, RagBatch
 from stages.rag.gold import retrieve_with_golds
 from stages.rag.prior import PriorWeights, combined
 from stages.rag.ranked import ranked
-from stages.rag.together import read_together
+from stages.rag.together import APART, read_together
 from stages.search.passage_encoder import PassageEncoder
 from stages.search.passage_index import PassageIndex, doc_scores
 from stages.search.reranking import Reranker
@@ -102,7 +102,7 @@ class Rag(nn.Module):
         beside themselves and tails, each to a number of its own. Nor of those read weighted: a graph's backward pass gives
         gradients to weights alone.
         """
-        if self.packed and reading not in ("parallel", "weighted"):
+        if self.packed and reading not in APART:
             limits = self.lengths.context_tokens, self.lengths.answer_tokens
             self.packed.graphs = CudaGraphs(
                 self.packed.log_probs,
@@ -254,7 +254,7 @@ class Rag(nn.Module):
     ) -> RagOutput:  # fmt: skip
         trains = retriever_gradient in retriever_losses.LOSS and torch.is_grad_enabled()
         weights = prior if reading == "weighted" else None
-        found = read_together(self, batch, rows, label_smoothing, trains, reading == "parallel", weights)
+        found = read_together(self, batch, rows, label_smoothing, trains, reading in APART, weights)
         nll = -found.joint.masked_fill(~batch.target_mask, 0.0).sum(-1)
         if not trains:
             return RagOutput(nll, prior.detach(), rows, found.context_tokens, 1)

@@ -13,6 +13,7 @@ from stages.params import Lengths, Params
 from stages.rag.folder import load_rag_parts
 from stages.rag.model import Rag
 from stages.rag.prior import PriorWeights, load_prior, prior_of
+from stages.rag.together import APART
 from stages.search.passage_encoder import PassageEncoder
 from stages.search.passage_index import PassageIndex, index_folders, load_index
 from stages.search.reranking import Reranker, load_reranker
@@ -23,12 +24,7 @@ FEWEST_PASSAGE_TOKENS = 8  # that must fit beside the longest question
 def check_reading(generator: Generator, reading: str) -> None:
     """Raises ValueError where the generator cannot read passages in this way: each and together, all can."""
     config = generator.model.config
-    if reading == "weighted" and not config.is_encoder_decoder:
-        raise ValueError(
-            f"recipes: reading: weighted is of encoder-decoders, whose attention to the passages it weighs; this generator is of "
-            f"type {config.model_type}: use together or parallel"
-        )
-    if reading != "parallel" or blocks.fits(config):
+    if reading not in APART or blocks.fits(config) or (config.is_encoder_decoder and reading == "weighted"):
         return
     if config.is_encoder_decoder:
         raise ValueError(
@@ -36,7 +32,7 @@ def check_reading(generator: Generator, reading: str) -> None:
             "apart with reading: together, use that"
         )
     raise ValueError(
-        f"recipes: reading: parallel wants a generator of type {', '.join(blocks.FAMILIES)}, all of whose layers see all "
+        f"recipes: reading: {reading} wants a generator of type {', '.join(blocks.FAMILIES)}, all of whose layers see all "
         f"of the text; this one is of type {config.model_type} or has layers that see less; use reading: together"
     )
 

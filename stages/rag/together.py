@@ -7,8 +7,8 @@ to p(z | x) times as much, one that is sure as if it were alone, and the likelih
 et al. 2020, arXiv:2006.15020, which adds the scores; the softmax of attention does not see the difference).
 
 Decoder-only: one prompt holds all passages in the order of the prior and the question once, behind them
-(generation/causal.py), which in `parallel` do not see each other (generation/blocks.py); under each passage alone it reads
-prompts of their own.
+(generation/causal.py), which in `parallel` and `weighted` do not see each other (generation/blocks.py); under each passage
+alone it reads prompts of their own.
 """
 
 from typing import Any, NamedTuple
@@ -21,6 +21,8 @@ from stages.generation.contexts import assemble_blocks, assemble_together
 from stages.generation.seq2seq import Contexts
 from stages.generation.vocabulary import padded_log_probs
 from stages.rag.batches import RagBatch
+
+APART = ("parallel", "weighted")  # ways to read in which no passage sees another, by a decoder-only generator either
 
 
 class Together(NamedTuple):
@@ -36,11 +38,11 @@ def read_together(
     """The batch's answers under all of their passages `rows` [B, K] by a Rag; those that are missing (-1) are left out.
 
     A question for which nothing was found is read alone. `alone`: under each passage by itself too, without label
-    smoothing. `parallel`, of decoder-only generators: no passage sees another. `log_prior` [B, K], of encoder-decoders: what
-    each passage weighs.
+    smoothing. `parallel`, of decoder-only generators: no passage sees another. `log_prior` [B, K]: what each passage weighs,
+    for decoder-only generators in `parallel`.
     """
     if not rag.generator_model.config.is_encoder_decoder:
-        return _read_in_one_prompt(rag, batch, rows, label_smoothing, alone, parallel)
+        return _read_in_one_prompt(rag, batch, rows, label_smoothing, alone, parallel, log_prior)
     input_ids, attention_mask = rag.contexts(batch, rows)
     read = attention_mask * read_at_all(rows).flatten()[:, None]
     if rag.packed:
@@ -70,12 +72,14 @@ def joint_contexts(
     `read_together`.
     """
     if not rag.generator_model.config.is_encoder_decoder:
-        return prompts_together(rag, batch, rows, parallel)
+        return prompts_together(rag, batch, rows, parallel, log_prior)
     read = contexts.mask * read_at_all(rows).flatten()[:, None]
     return Contexts(contexts.states, read).joined(rows.shape[1], log_prior)
 
 
-def prompts_together(rag: nn.Module, batch: RagBatch, rows: Tensor, parallel: bool = False) -> Prompts:
+def prompts_together(
+    rag: nn.Module, batch: RagBatch, rows: Tensor, parallel: bool = False, log_prior: Tensor | None = None
+) -> Prompts:
     """Every question with all of its passages `rows` [B, K] in one prompt: B of them."""
     generator = rag.generator
     parts = rag.passages, rows, batch.generator_questions, batch.generator_question_lengths
@@ -84,14 +88,16 @@ def prompts_together(rag: nn.Module, batch: RagBatch, rows: Tensor, parallel: bo
         "pad": generator.pad_token_id,
     }  # fmt: skip
     if parallel:
-        return Prompts(*assemble_blocks(*parts, **frame))
+        ids, mask, blocks = assemble_blocks(*parts, **frame)
+        return Prompts(ids, mask, blocks if log_prior is None else blocks.weighed(log_prior))
     return Prompts(*assemble_together(*parts, separator=generator.passage_separator, **frame))
 
 
 def _read_in_one_prompt(
-    rag: nn.Module, batch: RagBatch, rows: Tensor, label_smoothing: float, alone: bool, parallel: bool
-) -> Together:
-    prompts = prompts_together(rag, batch, rows, parallel)
+    rag: nn.Module, batch: RagBatch, rows: Tensor, label_smoothing: float, alone: bool, parallel: bool,
+    log_prior: Tensor | None,
+) -> Together:  # fmt: skip
+    prompts = prompts_together(rag, batch, rows, parallel, log_prior)
     if rag.packed:
         packed = rag.packed.pack(prompts.ids, prompts.mask, batch.targets, batch.target_mask, prompts.blocks)
         joint = rag.packed_log_probs(packed, label_smoothing)

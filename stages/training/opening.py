@@ -20,6 +20,7 @@ from stages.rag.batches import Examples
 from stages.rag.model import Rag
 from stages.rag.opening import open_rag_on
 from stages.rag.prior import starting_prior
+from stages.rag.together import APART
 from stages.search.passage_encoder import PassageEncoder
 from stages.search.reranking import load_reranker
 from stages.storage.checkpoints import digest
@@ -109,7 +110,7 @@ def build_rag(
     # Gradient checkpointing reads the random state on its way back, which a graph cannot.
     record = params.runtime.cuda_graphs and device.type == "cuda" and not params.train.gradient_checkpointing
     if record and not few_bits:
-        if params.recipe.reading in ("parallel", "weighted") and ranks.is_main():
+        if params.recipe.reading in APART and ranks.is_main():
             print(f"recipes: reading: {params.recipe.reading}: without CUDA graphs")
         rag.record_graphs(params.recipe.reading)
     return rag, precision

@@ -15,36 +15,41 @@ from stages.rag.together import joint_contexts, prompts_together
 from tests.evaluation.test_answering import ASKED, GOLD_ROWS, PASSAGES, SETTINGS
 from tests.evaluation.test_decoding import beam_search, check
 from tests.rag.test_model import lose
-from tests.rag.test_parallel import PREFIX, ROWS, SOME, batch_of, by_the_book, rag_of
+from tests.rag.test_parallel import PREFIX, ROWS, SOME, WEIGHED, batch_of, by_the_book, rag_of, some_prior
 from tests.tiny_rag import ANSWERS, LENGTHS, QUESTIONS
 
 MOST = 5
 LIBRARY = ["gemma", "gpt2", "olmo2"]  # by its own cache; the others by our decoder
 
 
-def answers_of(rag, rows, num_beams, parallel=True, some=SOME):
+def answers_of(rag, rows, num_beams, parallel=True, some=SOME, weights=None):
     batch = batch_of(rag, some)
     ids, mask = (part.unflatten(0, rows.shape) for part in rag.contexts(batch, rows))
     prior = torch.zeros(rows.shape).masked_fill(rows < 0, float("-inf"))
     prior[(rows < 0).all(1), 0] = 0.0
+    joined = partial(joint_contexts, rag, batch, rows, parallel=parallel, log_prior=weights)
     return generate(
         rag.generator, ids, mask, prior.log_softmax(1), num_beams=num_beams, max_answer_tokens=MOST, decoding="thorough",
-        marginalization="sequence", joined=partial(joint_contexts, rag, batch, rows, parallel=parallel),
+        marginalization="sequence", joined=joined,
     )  # fmt: skip
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("prefix", [(), PREFIX], ids=["bare", "prefix"])
 @pytest.mark.parametrize("num_beams", [1, 3])
+@WEIGHED
 @pytest.mark.parametrize("family", ["llama", "qwen3", *LIBRARY])
-def test_answers_are_a_plain_beam_searchs_over_the_librarys_model(family, num_beams, prefix):
+def test_answers_are_a_plain_beam_searchs_over_the_librarys_model(family, weighed, num_beams, prefix):
     rag = rag_of(family, prefix)
     state = start(rag.generator, prompts_together(rag, batch_of(rag), ROWS, parallel=True))
     assert isinstance(state, CausalState if family in LIBRARY else LlamaState)
-    for question, rows, found in zip(SOME, ROWS.tolist(), answers_of(rag, ROWS, num_beams), strict=True):
+    prior = some_prior() if weighed else None
+    for place, found in enumerate(answers_of(rag, ROWS, num_beams, weights=prior)):
 
-        def next_tokens(written, question=question, rows=rows):
-            return by_the_book(rag, question, rows, written, rag.generator.model)[-1].tolist()
+        def next_tokens(written, place=place):
+            weights = prior[place] if weighed else None
+            given = SOME[place], ROWS[place].tolist(), written, rag.generator.model, weights
+            return by_the_book(rag, *given)[-1].tolist()
 
         tokens, log_prob = beam_search(next_tokens, lambda asked: None, num_beams, MOST)[0]
         assert found.token_ids == list(tokens[:-1])
@@ -52,15 +57,27 @@ def test_answers_are_a_plain_beam_searchs_over_the_librarys_model(family, num_be
 
 
 @torch.no_grad()
+@WEIGHED
 @pytest.mark.parametrize("family", ["llama", "gemma"])
-def test_the_answers_likelihood_is_that_of_training_and_no_order_changes_it(family):
+def test_the_answers_likelihood_is_that_of_training_and_no_order_changes_it(family, weighed):
+    """Rescored, too: there several tokens are read at once."""
     rag = rag_of(family, PREFIX)
-    for rows in (ROWS, ROWS.flip(1)):
-        for place, found in enumerate(answers_of(rag, rows, 3)):
+    prior = some_prior() if weighed else None
+    for rows, weights in ((ROWS, prior), (ROWS.flip(1), prior.flip(1) if weighed else None)):
+        prompts = prompts_together(rag, batch_of(rag), rows, True, weights)
+        state = start(rag.generator, prompts)
+        first, at_once = state.first(), state.fork(torch.arange(len(rows)))
+        for place, found in enumerate(answers_of(rag, rows, 3, weights=weights)):
             targets = torch.tensor([[*found.token_ids, rag.generator.eos_token_id]])
             batch = batch_of(rag, [SOME[place]])._replace(targets=targets, target_mask=torch.ones_like(targets).bool())
-            scored = rag.joint_log_probs(batch, ROWS[[place]], parallel=True).sum().item()
+            given = None if prior is None else prior[[place]]
+            scored = rag.joint_log_probs(batch, ROWS[[place]], parallel=True, log_prior=given).sum().item()
             assert found.log_prob == pytest.approx(scored, abs=1e-4)
+            fed = targets[:, :-1]
+            if fed.shape[1]:
+                log_probs = at_once.fork(torch.tensor([place])).advance(fed).log_softmax(-1)
+                rest = log_probs.gather(-1, targets[:, 1:, None]).sum()
+                assert (first[place, targets[0, 0]] + rest).item() == pytest.approx(scored, abs=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -80,14 +80,11 @@ def test_only_decoder_only_generators_that_see_the_whole_text_read_in_parallel(v
         values["models"]["generator"] = with_tokenizer(model, tmp_path / family, GENERATOR)
         if family == "llama":
             check(Params.model_validate(values))
-            weighted = {"reading": "weighted", "retriever_gradient": "exact"}
-            refused(
-                values | {"recipes": values["recipes"] | {"new": values["recipes"]["new"] | weighted}},
-                "recipes: reading: weighted is of encoder-decoders, .* of type llama: use together or parallel",
-            )
     refused(
         values, "reading: parallel wants a generator of type gemma, .* is of type mistral or .* use reading: together"
     )
+    values["recipes"]["new"] |= {"reading": "weighted", "retriever_gradient": "exact"}
+    refused(values, "reading: weighted wants a generator of type gemma, .* is of type mistral")
 
 
 def test_a_generator_that_cannot_be_used(values, tmp_path):

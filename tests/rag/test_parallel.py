@@ -50,10 +50,10 @@ def batch_of(rag, some=SOME):
     return rag.batch(rag.examples(QUESTIONS, ANSWERS), some)
 
 
-def by_the_book(rag, question, rows, written, model=None):
+def by_the_book(rag, question, rows, written, model=None, prior=None):
     """log p [n + 1, V] of what follows each of the n tokens `written`, and what comes before them, by transformers' model.
 
-    One prompt, made of lists, without padding; the mask says what each token sees.
+    One prompt, made of lists, without padding; the mask says what each token sees and, with a `prior` [K], the tail how well.
     """
     generator = rag.generator
     [asked] = generator.question_tokens([QUESTIONS[question]])
@@ -74,18 +74,24 @@ def by_the_book(rag, question, rows, written, model=None):
         [k <= q and (blocks[q] == "tail" or blocks[k] in ("prefix", blocks[q])) for k in range(len(ids))]
         for q in range(len(ids))
     ]
-    mask = torch.where(torch.tensor(seen), 0.0, torch.finfo(torch.float).min)[None, None]
+    weights = torch.zeros(len(ids))
+    if prior is not None:
+        there = prior[torch.tensor(rows) >= 0]
+        weights = torch.stack([there[at] if isinstance(at, int) else torch.zeros(()) for at in blocks])
+    tail = torch.tensor([at == "tail" for at in blocks])[:, None]
+    added = torch.where(tail, weights, 0.0)
+    mask = torch.where(torch.tensor(seen), added, torch.finfo(torch.float).min)[None, None]
     logits = (model or copy.deepcopy(generator.model))(
         input_ids=torch.tensor([ids]), attention_mask=mask, position_ids=torch.tensor([positions]), use_cache=False
     ).logits[0, -len(written) - 1 :]
     return logits.log_softmax(-1)
 
 
-def expected_log_probs(rag, batch, rows, some=SOME, model=None):
+def expected_log_probs(rag, batch, rows, some=SOME, model=None, prior=None):
     found = []
-    for question, passages, targets, mask in zip(some, rows.tolist(), batch.targets, batch.target_mask, strict=True):
-        answer = targets[mask]
-        log_probs = by_the_book(rag, question, passages, answer[:-1].tolist(), model)
+    for place, (question, targets, mask) in enumerate(zip(some, batch.targets, batch.target_mask, strict=True)):
+        answer, weights = targets[mask], None if prior is None else prior[place]
+        log_probs = by_the_book(rag, question, rows[place].tolist(), answer[:-1].tolist(), model, weights)
         found.append(log_probs.gather(1, answer[:, None]).squeeze(1))
     return torch.cat(found)
 
@@ -96,6 +102,13 @@ def gradients(model, loss):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def some_prior(rows=ROWS):
+    """log p(z | x), another for every question."""
+    torch.manual_seed(3)
+    return marginalization.log_prior(torch.randn(rows.shape).masked_fill(rows < 0, float("-inf")))
+
+
+WEIGHED = pytest.mark.parametrize("weighed", [False, True], ids=["parallel", "weighted"])
 FRAMED = pytest.mark.parametrize("prefix", [(), PREFIX], ids=["bare", "prefix"])
 BOTH = pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 
@@ -103,23 +116,30 @@ BOTH = pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"]
 @torch.no_grad()
 @FRAMED
 @BOTH
+@WEIGHED
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_likelihood_is_the_librarys_told_what_to_see(family, prefix, packed):
+def test_the_likelihood_is_the_librarys_told_what_to_see(family, weighed, prefix, packed):
     rag = rag_of(family, prefix)
     assert bool(rag.packed) == (family != "gpt2")
     if not packed:
         rag.packed = None
     batch = batch_of(rag)
-    found = rag.joint_log_probs(batch, ROWS, parallel=True)[batch.target_mask]
-    torch.testing.assert_close(found, expected_log_probs(rag, batch, ROWS), rtol=1e-5, atol=1e-5)
-    if family != "gpt2":  # whose positions are too few for all passages in a row
+    prior = some_prior() if weighed else None
+    found = rag.joint_log_probs(batch, ROWS, parallel=True, log_prior=prior)[batch.target_mask]
+    torch.testing.assert_close(found, expected_log_probs(rag, batch, ROWS, prior=prior), rtol=1e-5, atol=1e-5)
+    if weighed:
+        flat = rag.joint_log_probs(batch, ROWS, parallel=True)[batch.target_mask]
+        assert (found - flat).abs().max() > 1e-2
+    elif family != "gpt2":  # whose positions are too few for all passages in a row
         together = rag.joint_log_probs(batch, ROWS)[batch.target_mask]
         assert (found - together).abs().max() > 1e-2
 
 
 @FRAMED
 @BOTH
-def test_gradients_are_the_librarys_too(prefix, packed):
+@WEIGHED
+def test_gradients_are_the_librarys_too(weighed, prefix, packed):
+    """Those on the prior, too."""
     rag = rag_of("llama", prefix)
     theirs = copy.deepcopy(rag.generator_model)
     theirs.set_attn_implementation("eager")
@@ -127,13 +147,19 @@ def test_gradients_are_the_librarys_too(prefix, packed):
         rag.packed = None
     rag.train()
     batch = batch_of(rag)
-    found = gradients(rag.generator_model, rag.joint_log_probs(batch, ROWS, parallel=True)[batch.target_mask].sum())
-    expected = gradients(theirs, expected_log_probs(rag, batch, ROWS, model=theirs).sum())
+    priors = [some_prior().requires_grad_() if weighed else None for _ in range(2)]
+    log_probs = rag.joint_log_probs(batch, ROWS, parallel=True, log_prior=priors[0])
+    found = gradients(rag.generator_model, log_probs[batch.target_mask].sum())
+    expected = gradients(theirs, expected_log_probs(rag, batch, ROWS, model=theirs, prior=priors[1]).sum())
     assert found.keys() == expected.keys() and distance(found, expected) < 1e-5
+    if weighed:
+        torch.testing.assert_close(priors[0].grad, priors[1].grad, rtol=1e-4, atol=1e-5)
+        assert priors[0].grad.abs().max() > 1e-2
 
 
 @FRAMED
-def test_gradient_checkpointing_changes_nothing(prefix):
+@WEIGHED
+def test_gradient_checkpointing_changes_nothing(weighed, prefix):
     found = []
     for checkpointing in (False, True):
         rag = rag_of("llama", prefix)
@@ -141,9 +167,11 @@ def test_gradient_checkpointing_changes_nothing(prefix):
             rag.compute_activations_again()
         rag.train()
         batch = batch_of(rag)
-        found.append(
-            gradients(rag.generator_model, rag.joint_log_probs(batch, ROWS, parallel=True)[batch.target_mask].sum())
-        )
+        prior = some_prior().requires_grad_() if weighed else None
+        log_probs = rag.joint_log_probs(batch, ROWS, parallel=True, log_prior=prior)
+        found.append(gradients(rag.generator_model, log_probs[batch.target_mask].sum()))
+        if weighed:
+            found[-1]["prior"] = prior.grad
     assert distance(*found) < 1e-6
 
 
@@ -267,14 +295,19 @@ def test_only_what_sees_the_whole_text_can_read_so():
 
 
 @on_gpu
+@WEIGHED
 @pytest.mark.parametrize("prefix", [0, 2])
-def test_the_kernel_is_attention_with_a_mask(prefix):
+def test_the_kernel_is_attention_with_a_mask(prefix, weighed):
     """Results and gradients of both calls, of prompts with all, some and no passages."""
     ends = prefix + torch.tensor([[70, 71, 104], [0, 33, 33], [0, 0, 0]], device="cuda")
     mask = torch.arange(prefix + 125, device="cuda") < prefix + torch.tensor([[125], [50], [9]], device="cuda")
-    read = PackedBlocks.of(Blocks.of(ends, prefix, mask.shape[1]), mask)
-    seen = Blocks.of(ends, prefix, mask.shape[1]).seen() & mask[:, None, None]
     torch.manual_seed(0)
+    blocks = Blocks.of(ends, prefix, mask.shape[1])
+    if weighed:
+        prior = torch.randn(3, 3, device="cuda").log_softmax(1)
+        blocks = blocks.weighed(prior.bfloat16().float())
+    read = PackedBlocks.of(blocks, mask)
+    seen = blocks.mask(torch.float, blocks.seen() & mask[:, None, None])
     parts = [torch.randn(len(read.positions), heads, 64, device="cuda").bfloat16() for heads in (9, 3, 3)]
     weights = torch.randn(len(read.positions), 9, 64, device="cuda")
 

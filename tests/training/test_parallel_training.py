@@ -20,20 +20,25 @@ from tests.training.test_trainer import SGD_STEP, assert_same_weights, killed_an
 PARALLEL = NEW.model_copy(update=TOGETHER | {"reading": "parallel"})
 
 
-def run(rag=None, folder=None, on_point=lambda point: None, **settings):
+WEIGHTED = NEW.model_copy(update={"reading": "weighted", "retriever_gradient": "exact"})
+
+
+def run(rag=None, folder=None, on_point=lambda point: None, recipe=PARALLEL, **settings):
     rag = rag or rag_of()
     trainer = Trainer(
-        rag, PARALLEL, SETTINGS.model_copy(update=settings), "no", 7, Checkpoints(folder, 2) if folder else None
+        rag, recipe, SETTINGS.model_copy(update=settings), "no", 7, Checkpoints(folder, 2) if folder else None
     )
     examples = rag.examples(QUESTIONS, ANSWERS)
     trainer.run(examples, examples, on_point)
     return trainer
 
 
+@pytest.mark.parametrize("recipe", [PARALLEL, WEIGHTED], ids=["parallel", "weighted"])
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(2, 4), (1, 8)])
-def test_however_a_step_is_cut_up_the_update_is_the_same(sgd, batch_size, accumulation):  # noqa: F811
-    whole = run(batch_size=8, gradient_accumulation_steps=1, max_grad_norm=1e9, **SGD_STEP)
-    parts = run(batch_size=batch_size, gradient_accumulation_steps=accumulation, max_grad_norm=1e9, **SGD_STEP)
+def test_however_a_step_is_cut_up_the_update_is_the_same(sgd, recipe, batch_size, accumulation):  # noqa: F811
+    common = {"recipe": recipe, "max_grad_norm": 1e9} | SGD_STEP
+    whole = run(batch_size=8, gradient_accumulation_steps=1, **common)
+    parts = run(batch_size=batch_size, gradient_accumulation_steps=accumulation, **common)
     assert_same_weights(whole, parts, 1e-6)
 
 
