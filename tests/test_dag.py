@@ -101,6 +101,34 @@ def test_every_data_dependency_is_an_earlier_output():
         made += [*DAG[stage]["outs"], *(path for metric in DAG[stage].get("metrics", []) for path in metric)]
 
 
+@pytest.mark.parametrize(
+    ("parameter", "first"),
+    [
+        ("data.sample.passages", "prepare"), ("retriever.steps", "positives"), ("retriever.hybrid_weight", "reranker"),
+        ("index.batch_tokens", "encode"), ("index.factory", "index"), ("index.ef_search", "reranker"),
+        ("lengths.context_tokens", "tokens"), ("train.learning_rate", "train"), ("evaluate.decoding", "evaluate"),
+        ("signs.exact_match", "report"),
+    ],
+)  # fmt: skip
+def test_a_changed_parameter_reruns_nothing_before_the_first_stage_that_reads_it(parameter, first):
+    """That DVC runs what it should: tests/test_pipeline.py."""
+    later = PIPELINE[PIPELINE.index(first) :]
+    readers = {
+        name
+        for name, stage in DAG.items()
+        for declared in stage.get("params", [])
+        if parameter == declared or parameter.startswith(f"{declared}.")
+    } - {"inputs"}  # it runs each time, and its outputs differ where what it looked at does
+    assert first in readers and readers <= set(later)
+    made = {out: name for name, stage in DAG.items() for out in stage.get("outs", []) if isinstance(out, str)}
+    reruns = set(readers)
+    for name in PIPELINE:
+        if any(made.get(dep) in reruns for dep in DAG[name].get("deps", [])):
+            reruns.add(name)
+    assert reruns <= set(later) and "report" in reruns
+    assert ("train" in reruns) == (first not in ("evaluate", "report"))
+
+
 @pytest.mark.parametrize("stage", CACHED)
 def test_outputs_that_are_no_metrics_are_cached(stage):
     """DVC keeps no stage in its run cache that has others: an experiment would train again what was trained before."""

@@ -23,6 +23,7 @@ def options(*arguments):
     return parser().parse_args([arguments[0], *SMALL, *arguments[1:]])
 
 
+@pytest.mark.slow
 def test_training_beside_transformers():
     found = measuring.bench_train(options("train", "--against", "transformers"), CPU)
     ours, theirs = found["ours"]["seconds_per_step"], found["transformers"]["seconds_per_step"]

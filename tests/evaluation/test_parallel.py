@@ -36,8 +36,7 @@ def answers_of(rag, rows, num_beams, parallel=True, some=SOME, weights=None):
 
 @torch.no_grad()
 @pytest.mark.parametrize("prefix", [(), PREFIX], ids=["bare", "prefix"])
-@pytest.mark.parametrize("num_beams", [1, 3])
-@WEIGHED
+@pytest.mark.parametrize(("num_beams", "weighed"), [(1, False), (3, False), (3, True)])
 @pytest.mark.parametrize("family", ["llama", "qwen3", *LIBRARY])
 def test_answers_are_a_plain_beam_searchs_over_the_librarys_model(family, weighed, num_beams, prefix):
     rag = rag_of(family, prefix)

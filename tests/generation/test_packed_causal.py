@@ -93,6 +93,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert distance(gradients_again, gradients) < 1e-6
 
 
+@pytest.mark.slow
 def test_compiled_layers_are_one_graph_with_the_same_numbers(monkeypatch):
     """Traced as on a GPU, but run by torch's own kernels: a machine without a C++ compiler can test it."""
     compiled = torch.nn.Module.compile

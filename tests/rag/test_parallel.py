@@ -260,7 +260,9 @@ def test_work_and_memory_grow_with_the_tokens_not_with_their_square(monkeypatch)
     assert work[1] < 4 * work[0]
 
 
-def test_compiled_layers_are_one_graph_with_the_same_numbers(monkeypatch):
+@pytest.mark.slow
+@WEIGHED
+def test_compiled_layers_are_one_graph_with_the_same_numbers(weighed, monkeypatch):
     compiled = torch.nn.Module.compile
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self, **options: compiled(self, backend="aot_eager", **options)
@@ -269,11 +271,16 @@ def test_compiled_layers_are_one_graph_with_the_same_numbers(monkeypatch):
     torch._dynamo.utils.counters.clear()
     rag = rag_of("llama", PREFIX)
     readings = ROWS, ROWS.flip(0), ROWS[:, :2]
-    expected = [rag.joint_log_probs(batch_of(rag), rows, parallel=True).detach() for rows in readings]
+
+    def log_probs_of(rows):
+        prior = some_prior(rows).requires_grad_() if weighed else None
+        return rag.joint_log_probs(batch_of(rag), rows, parallel=True, log_prior=prior)
+
+    expected = [log_probs_of(rows).detach() for rows in readings]
     rag.packed.compile()
     rag.train()
     for rows, log_probs in zip(readings, expected, strict=True):
-        found = rag.joint_log_probs(batch_of(rag), rows, parallel=True)
+        found = log_probs_of(rows)
         found.sum().backward()
         torch.testing.assert_close(found.detach(), log_probs, rtol=1e-5, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -187,3 +187,20 @@ def test_what_decoding_reads_is_what_training_reads(way):
         found = scored.masked_fill(~batch.target_mask[places], 0.0).sum(-1)
         torch.testing.assert_close(found, expected[places], rtol=1e-5, atol=1e-4)
     assert isinstance(joined, Contexts) and joined.bias is not None
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_numbers(monkeypatch):
+    rag, compiled = rag_by("bart"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda layer, **options: compiled(layer, backend="aot_eager", **options))
+    batch = batch_of(rag, ASKED)
+
+    def scored():
+        prior = torch.tensor([[0.5, 0.3, 0.2]]).log().repeat(4, 1).requires_grad_()
+        found = likelihood(rag, batch, ROWS, prior)
+        return found.detach(), *torch.autograd.grad(found.sum(), prior)
+
+    plain = scored()
+    rag.packed.compile()
+    for found, expected in zip(scored(), plain, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

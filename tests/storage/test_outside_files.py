@@ -237,6 +237,7 @@ for at in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_models_of_the_hub_are_loaded_at_their_revision(tmp_path):
     revisions = hub(tmp_path / "hub")
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}

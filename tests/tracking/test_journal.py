@@ -3,6 +3,8 @@
 import resource
 import shutil
 
+import pytest
+
 from stages.tracking import runs as tracking
 from stages.tracking.__main__ import main as send
 from stages.tracking.journal import Journal
@@ -19,6 +21,7 @@ from tests.tracking.stores import (
 )
 
 
+@pytest.mark.slow
 def test_server_down_then_sent_exactly_once(root, monkeypatch, capsys):
     port = free_port()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{port}")
