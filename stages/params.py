@@ -260,6 +260,15 @@ class Train(Section):
     answers: Literal["first", "drawn"]
 
 
+# exact is the gradient of the likelihood itself, where that depends on the prior; the others are losses beside it.
+RETRIEVER_GRADIENTS = {
+    "each": ("exact", "none"),
+    "weighted": ("exact", "none"),
+    "together": ("emdr2", "perplexity_distillation", "none"),
+    "parallel": ("emdr2", "perplexity_distillation", "none"),
+}
+
+
 class Recipe(Section):
     reading: Literal["each", "together", "weighted", "parallel"]
     marginalization: Literal["sequence", "token", "average"]
@@ -356,27 +365,17 @@ class Params(Section):
         return self
 
     @model_validator(mode="after")
-    def _what_is_read_together_has_no_marginal(self) -> "Params":
+    def _the_losses_go_with_the_reading(self) -> "Params":
         if self.train.recipe not in self.recipes:
             return self
         recipe, where = self.recipe, f"recipes.{self.train.recipe}"
-        if recipe.reading == "each":
-            if recipe.retriever_gradient not in ("exact", "none"):
-                raise ValueError(
-                    f"{where}.retriever_gradient: {recipe.retriever_gradient} is a loss beside {where}.reading: together; with "
-                    "each, use exact (the marginal's own) or none"
-                )
-        elif recipe.reading == "weighted" and recipe.retriever_gradient not in ("exact", "none"):
+        fitting = RETRIEVER_GRADIENTS[recipe.reading]
+        if recipe.retriever_gradient not in fitting:
             raise ValueError(
-                f"{where}.retriever_gradient: {recipe.retriever_gradient} is a loss beside {where}.reading: together; with "
-                "weighted, use exact (the likelihood's own) or none"
+                f"{where}.retriever_gradient: {recipe.retriever_gradient} does not go with {where}.reading: "
+                f"{recipe.reading}; use {' or '.join(fitting)}"
             )
-        elif recipe.reading != "weighted" and recipe.retriever_gradient == "exact":
-            raise ValueError(
-                f"{where}.retriever_gradient: exact is the marginal's, which {where}.reading: {recipe.reading} does not have; "
-                "use emdr2, perplexity_distillation or none"
-            )
-        elif recipe.marginalization != "sequence":
+        if recipe.reading != "each" and recipe.marginalization != "sequence":
             raise ValueError(
                 f"{where}.marginalization: {recipe.marginalization} is of answers under single passages; with {where}.reading: "
                 f"{recipe.reading}, use sequence"

@@ -154,13 +154,13 @@ def test_fewer_hits_than_hard_negatives_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "changes", "says"),
     [
-        ("new", {"reading": "together"}, "recipes.new.retriever_gradient: exact is the marginal's.*use emdr2, perplexity"),
-        ("new", {"retriever_gradient": "emdr2"}, "recipes.new.retriever_gradient: emdr2 is a loss.*use exact"),
+        ("new", {"reading": "together"}, "recipes.new.retriever_gradient: exact does not .* together; use emdr2 or perplexity"),
+        ("new", {"retriever_gradient": "emdr2"}, "recipes.new.retriever_gradient: emdr2 does not .* each; use exact or none"),
         ("new", {"reading": "together", "retriever_gradient": "emdr2", "marginalization": "token"},
          "recipes.new.marginalization: token.*use sequence"),
-        ("new", {"reading": "parallel"}, "recipes.new.retriever_gradient: exact .*reading: parallel does not have"),
+        ("new", {"reading": "parallel"}, "recipes.new.retriever_gradient: exact .*reading: parallel; use emdr2"),
         ("old", {"reading": "together"}, "recipes.old.marginalization: average.*use sequence"),
-        ("new", {"reading": "weighted", "retriever_gradient": "emdr2"}, "retriever_gradient: emdr2 .*weighted, use exact"),
+        ("new", {"reading": "weighted", "retriever_gradient": "emdr2"}, "retriever_gradient: emdr2 .*weighted; use exact"),
         ("new", {"reading": "weighted", "marginalization": "token"}, "recipes.new.marginalization: token.*use sequence"),
         ("new", {"reading": "all"}, "recipes.new.reading:.*'each', 'together', 'weighted' or 'parallel'.*'all'"),
     ],

@@ -25,7 +25,7 @@ from stages.generation import marginalization
 from stages.params import Recipe, Train
 from stages.rag.model import Rag
 from stages.rag.opening import check_reading
-from stages.rag.together import APART, joint_contexts
+from stages.rag.together import joint_contexts
 from stages.training.throughput import matrix_rate, synchronize
 from stages.training.trainer import Trainer
 
@@ -229,8 +229,7 @@ def bench_decode(options: Namespace, device: torch.device) -> dict:
             prior, num_beams=options.num_beams, max_answer_tokens=options.answer_tokens,
             decoding="thorough", marginalization="sequence",
             joined=None if options.reading == "each" else partial(
-                joint_contexts, rag, batch, rows, parallel=options.reading in APART,
-                log_prior=prior if options.reading == "weighted" else None,
+                joint_contexts, rag, batch, rows, reading=options.reading, log_prior=prior
             ),
         )  # fmt: skip
 

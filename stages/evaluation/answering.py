@@ -23,7 +23,7 @@ from stages.generation import marginalization
 from stages.params import Evaluate
 from stages.rag.batches import Examples
 from stages.rag.model import Rag
-from stages.rag.together import APART, joint_contexts
+from stages.rag.together import joint_contexts
 
 if TYPE_CHECKING:  # a second that one question need not wait for
     from datasets import Dataset
@@ -52,9 +52,7 @@ def answer(
         shape = (len(chosen), rows.shape[1], -1)
         # A single passage read together is that passage alone.
         together = reading != "each" and rows.shape[1] > 1
-        weights = log_prior[chosen] if reading == "weighted" else None
-        parallel = reading in APART
-        joined = partial(joint_contexts, rag, batch, rows[chosen], parallel=parallel, log_prior=weights)
+        joined = partial(joint_contexts, rag, batch, rows[chosen], reading=reading, log_prior=log_prior[chosen])
         return generate(
             rag.generator, input_ids.view(shape), attention_mask.view(shape), log_prior[chosen],
             num_beams=settings.num_beams, max_answer_tokens=rag.lengths.answer_tokens,

@@ -129,7 +129,7 @@ class PackedBlocks:
         """Of prompts whose real tokens `mask` [R, L] names. Waits for the device: their numbers shape all else."""
         prompts, parts = Packing.of(mask), blocks.passages + 1
         number = prompts.pack(blocks.number)
-        block = prompts.index // prompts.width * parts + number
+        block = prompts.row() * parts + number
         lengths = torch.zeros(prompts.rows * parts, dtype=torch.long, device=block.device)
         lengths.index_add_(0, block, torch.ones_like(block))
         own = _packing(lengths)
@@ -141,7 +141,7 @@ class PackedBlocks:
             return made
         follows = (torch.arange(len(lengths), device=lengths.device) % parts > 0) & (lengths > 0)
         asked = _packing(lengths + blocks.prefix * follows)
-        row = asked.index // asked.width
+        row = asked.row()
         place = asked.positions - blocks.prefix * follows[row]
         before = torch.where(place < 0, prompts.offsets[row // parts] + asked.positions, own.offsets[row] + place)
         return replace(made, before=before, asked=asked)

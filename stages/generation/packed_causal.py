@@ -95,7 +95,7 @@ class PackedCausal:
             ids = torch.where(place < 0, ids, targets.gather(1, place.clamp(0, fed - 1)))
         real, scored = place < answers - 1, Packing.of(target_mask)
         tokens = PackedBlocks.of(blocks.longer(fed), real) if blocks else Packing.of(real)
-        row = scored.index // scored.width
+        row = scored.row()
         predicting = tokens.offsets[row] + prompts[row, 0] - 1 + scored.positions
         return PackedAnswers(tokens.pack(ids), tokens, predicting, scored.pack(targets), scored)
 

@@ -253,20 +253,12 @@ class Rag(nn.Module):
         reading: str,
     ) -> RagOutput:  # fmt: skip
         trains = retriever_gradient in retriever_losses.LOSS and torch.is_grad_enabled()
-        weights = prior if reading == "weighted" else None
-        found = read_together(self, batch, rows, label_smoothing, trains, reading in APART, weights)
+        found = read_together(self, batch, rows, reading, prior, label_smoothing, alone=trains)
         nll = -found.joint.masked_fill(~batch.target_mask, 0.0).sum(-1)
         if not trains:
             return RagOutput(nll, prior.detach(), rows, found.context_tokens, 1)
         loss = retriever_losses.LOSS[retriever_gradient](prior, found.alone, batch.target_mask)
         return RagOutput(nll, prior.detach(), rows, found.context_tokens, 1 + rows.shape[1] / 3, loss)
-
-    def joint_log_probs(
-        self, batch: RagBatch, rows: Tensor, label_smoothing: float = 0.0, parallel: bool = False,
-        log_prior: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """log p(y_t | y_<t, x, z_1..z_K) [B, T] of the batch's targets under all of their passages `rows` [B, K] at once."""
-        return read_together(self, batch, rows, label_smoothing, parallel=parallel, log_prior=log_prior).joint
 
     def token_log_probs(
         self, batch: RagBatch, input_ids: Tensor, attention_mask: Tensor, label_smoothing: float = 0.0

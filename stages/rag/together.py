@@ -32,28 +32,28 @@ class Together(NamedTuple):
 
 
 def read_together(
-    rag: nn.Module, batch: RagBatch, rows: Tensor, label_smoothing: float = 0.0, alone: bool = False,
-    parallel: bool = False, log_prior: Tensor | None = None,
+    rag: nn.Module, batch: RagBatch, rows: Tensor, reading: str, log_prior: Tensor | None = None,
+    label_smoothing: float = 0.0, alone: bool = False,
 ) -> Together:  # fmt: skip
     """The batch's answers under all of their passages `rows` [B, K] by a Rag; those that are missing (-1) are left out.
 
-    A question for which nothing was found is read alone. `alone`: under each passage by itself too, without label
-    smoothing. `parallel`, of decoder-only generators: no passage sees another. `log_prior` [B, K]: what each passage weighs,
-    for decoder-only generators in `parallel`.
+    `reading` is together, parallel or weighted, which alone looks at `log_prior` [B, K] and needs it. A question for which
+    nothing was found is read alone. `alone`: under each passage by itself too, without label smoothing.
     """
     if not rag.generator_model.config.is_encoder_decoder:
-        return _read_in_one_prompt(rag, batch, rows, label_smoothing, alone, parallel, log_prior)
+        return _read_in_one_prompt(rag, batch, rows, reading, log_prior, label_smoothing, alone)
+    weights = _weights(reading, log_prior)
     input_ids, attention_mask = rag.contexts(batch, rows)
     read = attention_mask * read_at_all(rows).flatten()[:, None]
     if rag.packed:
-        weights = None if log_prior is None else log_prior.flatten()
-        packed = rag.packed.pack(input_ids, read, batch.targets, batch.target_mask, rows.shape[1], alone, weights)
+        of_contexts = None if weights is None else weights.flatten()
+        packed = rag.packed.pack(input_ids, read, batch.targets, batch.target_mask, rows.shape[1], alone, of_contexts)
         scored = rag.packed_log_probs(packed, label_smoothing)
         if not alone:
             return Together(scored, None, read.sum())
         return Together(scored[..., 0], scored[..., 1:].detach().transpose(1, 2), read.sum())
     contexts = rag.generator.encode(input_ids, attention_mask)
-    joined = Contexts(contexts.states, read).joined(rows.shape[1], log_prior)
+    joined = Contexts(contexts.states, read).joined(rows.shape[1], weights)
     joint = padded_log_probs(rag.generator, joined, batch.targets, label_smoothing)
     if not alone:
         return Together(joint, None, read.sum())
@@ -64,40 +64,41 @@ def read_together(
 
 
 def joint_contexts(
-    rag: nn.Module, batch: RagBatch, rows: Tensor, contexts: Any, parallel: bool = False, log_prior: Tensor | None = None
-) -> Any:  # fmt: skip
+    rag: nn.Module, batch: RagBatch, rows: Tensor, contexts: Any, reading: str, log_prior: Tensor | None = None
+) -> Any:
     """What B questions' answers read at once: encoded contexts [B] of all of their passages `rows` [B, K].
 
-    `contexts` are those of each passage alone [B * K], as the generator encoded them; `parallel` and `log_prior` as in
+    `contexts` are those of each passage alone [B * K], as the generator encoded them; `reading` and `log_prior` as in
     `read_together`.
     """
     if not rag.generator_model.config.is_encoder_decoder:
-        return prompts_together(rag, batch, rows, parallel, log_prior)
+        return prompts_together(rag, batch, rows, reading, log_prior)
     read = contexts.mask * read_at_all(rows).flatten()[:, None]
-    return Contexts(contexts.states, read).joined(rows.shape[1], log_prior)
+    return Contexts(contexts.states, read).joined(rows.shape[1], _weights(reading, log_prior))
 
 
 def prompts_together(
-    rag: nn.Module, batch: RagBatch, rows: Tensor, parallel: bool = False, log_prior: Tensor | None = None
+    rag: nn.Module, batch: RagBatch, rows: Tensor, reading: str, log_prior: Tensor | None = None
 ) -> Prompts:
-    """Every question with all of its passages `rows` [B, K] in one prompt: B of them."""
+    """Every question with all of its passages `rows` [B, K] in one prompt: B of them; as `read_together` says."""
     generator = rag.generator
     parts = rag.passages, rows, batch.generator_questions, batch.generator_question_lengths
     frame = {
         "limit": rag.lengths.context_tokens, "prefix": generator.context_prefix, "suffix": generator.context_suffix,
         "pad": generator.pad_token_id,
     }  # fmt: skip
-    if parallel:
+    if reading in APART:
         ids, mask, blocks = assemble_blocks(*parts, **frame)
-        return Prompts(ids, mask, blocks if log_prior is None else blocks.weighed(log_prior))
+        weights = _weights(reading, log_prior)
+        return Prompts(ids, mask, blocks if weights is None else blocks.weighed(weights))
     return Prompts(*assemble_together(*parts, separator=generator.passage_separator, **frame))
 
 
 def _read_in_one_prompt(
-    rag: nn.Module, batch: RagBatch, rows: Tensor, label_smoothing: float, alone: bool, parallel: bool,
-    log_prior: Tensor | None,
+    rag: nn.Module, batch: RagBatch, rows: Tensor, reading: str, log_prior: Tensor | None, label_smoothing: float,
+    alone: bool,
 ) -> Together:  # fmt: skip
-    prompts = prompts_together(rag, batch, rows, parallel, log_prior)
+    prompts = prompts_together(rag, batch, rows, reading, log_prior)
     if rag.packed:
         packed = rag.packed.pack(prompts.ids, prompts.mask, batch.targets, batch.target_mask, prompts.blocks)
         joint = rag.packed_log_probs(packed, label_smoothing)
@@ -109,6 +110,12 @@ def _read_in_one_prompt(
         ids, mask = rag.contexts(batch, rows)
         each = rag.token_log_probs(batch, ids, mask)
     return Together(joint, each, prompts.mask.sum() + mask.sum() / 3)
+
+
+def _weights(reading: str, log_prior: Tensor | None) -> Tensor | None:
+    """What each passage weighs [B, K], where the prior is what it is attended to by."""
+    assert reading != "weighted" or log_prior is not None
+    return log_prior if reading == "weighted" else None
 
 
 def read_at_all(rows: Tensor) -> Tensor:

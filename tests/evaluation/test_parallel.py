@@ -11,23 +11,23 @@ from stages.evaluation.decoding import generate
 from stages.evaluation.llama_decoder import LlamaState
 from stages.evaluation.states import start
 from stages.generation import marginalization
-from stages.rag.together import joint_contexts, prompts_together
+from stages.rag.together import joint_contexts, prompts_together, read_together
 from tests.evaluation.test_answering import ASKED, GOLD_ROWS, PASSAGES, SETTINGS
 from tests.evaluation.test_decoding import beam_search, check
 from tests.rag.test_model import lose
-from tests.rag.test_parallel import PREFIX, ROWS, SOME, WEIGHED, batch_of, by_the_book, rag_of, some_prior
+from tests.rag.test_parallel import PREFIX, ROWS, SOME, WEIGHED, batch_of, by_the_book, rag_of, some_prior, way_by
 from tests.tiny_rag import ANSWERS, LENGTHS, QUESTIONS
 
 MOST = 5
 LIBRARY = ["gemma", "gpt2", "olmo2"]  # by its own cache; the others by our decoder
 
 
-def answers_of(rag, rows, num_beams, parallel=True, some=SOME, weights=None):
+def answers_of(rag, rows, num_beams, some=SOME, weights=None):
     batch = batch_of(rag, some)
     ids, mask = (part.unflatten(0, rows.shape) for part in rag.contexts(batch, rows))
     prior = torch.zeros(rows.shape).masked_fill(rows < 0, float("-inf"))
     prior[(rows < 0).all(1), 0] = 0.0
-    joined = partial(joint_contexts, rag, batch, rows, parallel=parallel, log_prior=weights)
+    joined = partial(joint_contexts, rag, batch, rows, reading=way_by(weights), log_prior=weights)
     return generate(
         rag.generator, ids, mask, prior.log_softmax(1), num_beams=num_beams, max_answer_tokens=MOST, decoding="thorough",
         marginalization="sequence", joined=joined,
@@ -40,7 +40,7 @@ def answers_of(rag, rows, num_beams, parallel=True, some=SOME, weights=None):
 @pytest.mark.parametrize("family", ["llama", "qwen3", *LIBRARY])
 def test_answers_are_a_plain_beam_searchs_over_the_librarys_model(family, weighed, num_beams, prefix):
     rag = rag_of(family, prefix)
-    state = start(rag.generator, prompts_together(rag, batch_of(rag), ROWS, parallel=True))
+    state = start(rag.generator, prompts_together(rag, batch_of(rag), ROWS, "parallel"))
     assert isinstance(state, CausalState if family in LIBRARY else LlamaState)
     prior = some_prior() if weighed else None
     for place, found in enumerate(answers_of(rag, ROWS, num_beams, weights=prior)):
@@ -63,14 +63,14 @@ def test_the_answers_likelihood_is_that_of_training_and_no_order_changes_it(fami
     rag = rag_of(family, PREFIX)
     prior = some_prior() if weighed else None
     for rows, weights in ((ROWS, prior), (ROWS.flip(1), prior.flip(1) if weighed else None)):
-        prompts = prompts_together(rag, batch_of(rag), rows, True, weights)
+        prompts = prompts_together(rag, batch_of(rag), rows, way_by(weights), weights)
         state = start(rag.generator, prompts)
         first, at_once = state.first(), state.fork(torch.arange(len(rows)))
         for place, found in enumerate(answers_of(rag, rows, 3, weights=weights)):
             targets = torch.tensor([[*found.token_ids, rag.generator.eos_token_id]])
             batch = batch_of(rag, [SOME[place]])._replace(targets=targets, target_mask=torch.ones_like(targets).bool())
             given = None if prior is None else prior[[place]]
-            scored = rag.joint_log_probs(batch, ROWS[[place]], parallel=True, log_prior=given).sum().item()
+            scored = read_together(rag, batch, ROWS[[place]], way_by(given), given).joint.sum().item()
             assert found.log_prob == pytest.approx(scored, abs=1e-4)
             fed = targets[:, :-1]
             if fed.shape[1]:

@@ -108,6 +108,10 @@ def some_prior(rows=ROWS):
     return marginalization.log_prior(torch.randn(rows.shape).masked_fill(rows < 0, float("-inf")))
 
 
+def way_by(prior):
+    return "parallel" if prior is None else "weighted"
+
+
 WEIGHED = pytest.mark.parametrize("weighed", [False, True], ids=["parallel", "weighted"])
 FRAMED = pytest.mark.parametrize("prefix", [(), PREFIX], ids=["bare", "prefix"])
 BOTH = pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
@@ -125,13 +129,13 @@ def test_the_likelihood_is_the_librarys_told_what_to_see(family, weighed, prefix
         rag.packed = None
     batch = batch_of(rag)
     prior = some_prior() if weighed else None
-    found = rag.joint_log_probs(batch, ROWS, parallel=True, log_prior=prior)[batch.target_mask]
+    found = read_together(rag, batch, ROWS, way_by(prior), prior).joint[batch.target_mask]
     torch.testing.assert_close(found, expected_log_probs(rag, batch, ROWS, prior=prior), rtol=1e-5, atol=1e-5)
     if weighed:
-        flat = rag.joint_log_probs(batch, ROWS, parallel=True)[batch.target_mask]
+        flat = read_together(rag, batch, ROWS, "parallel").joint[batch.target_mask]
         assert (found - flat).abs().max() > 1e-2
     elif family != "gpt2":  # whose positions are too few for all passages in a row
-        together = rag.joint_log_probs(batch, ROWS)[batch.target_mask]
+        together = read_together(rag, batch, ROWS, "together").joint[batch.target_mask]
         assert (found - together).abs().max() > 1e-2
 
 
@@ -148,7 +152,7 @@ def test_gradients_are_the_librarys_too(weighed, prefix, packed):
     rag.train()
     batch = batch_of(rag)
     priors = [some_prior().requires_grad_() if weighed else None for _ in range(2)]
-    log_probs = rag.joint_log_probs(batch, ROWS, parallel=True, log_prior=priors[0])
+    log_probs = read_together(rag, batch, ROWS, way_by(priors[0]), priors[0]).joint
     found = gradients(rag.generator_model, log_probs[batch.target_mask].sum())
     expected = gradients(theirs, expected_log_probs(rag, batch, ROWS, model=theirs, prior=priors[1]).sum())
     assert found.keys() == expected.keys() and distance(found, expected) < 1e-5
@@ -168,7 +172,7 @@ def test_gradient_checkpointing_changes_nothing(weighed, prefix):
         rag.train()
         batch = batch_of(rag)
         prior = some_prior().requires_grad_() if weighed else None
-        log_probs = rag.joint_log_probs(batch, ROWS, parallel=True, log_prior=prior)
+        log_probs = read_together(rag, batch, ROWS, way_by(prior), prior).joint
         found.append(gradients(rag.generator_model, log_probs[batch.target_mask].sum()))
         if weighed:
             found[-1]["prior"] = prior.grad
@@ -183,13 +187,13 @@ def test_a_passages_states_are_its_own_and_the_order_does_not_matter(prefix, mon
 
     def read(rows):
         rows = torch.tensor([rows])
-        prompts, kept = prompts_together(rag, batch, rows, parallel=True), []
+        prompts, kept = prompts_together(rag, batch, rows, "parallel"), []
         hook = (
             rag.generator_model.get_decoder()
             .layers[-1]
             .register_forward_hook(lambda module, given, output: kept.append(output[0]))
         )
-        scored = rag.joint_log_probs(batch, rows, parallel=True)[batch.target_mask].sum()
+        scored = read_together(rag, batch, rows, "parallel").joint[batch.target_mask].sum()
         hook.remove()
         number = prompts.blocks.number[prompts.mask.bool()]
         return [kept[0][: len(number)][number == n] for n in range(rows.shape[1])], scored
@@ -210,17 +214,17 @@ def test_one_passage_is_read_as_by_itself_and_none_as_the_question_alone(prefix)
     batch = batch_of(rag, list(range(len(QUESTIONS))))
     rows = torch.tensor([[5], [-1], [0], [8], [-1], [2], [3], [1], [7]])
     each = rag.token_log_probs(batch, *rag.contexts(batch, rows))[:, 0]
-    found = rag.joint_log_probs(batch, rows, parallel=True)
+    found = read_together(rag, batch, rows, "parallel").joint
     torch.testing.assert_close(found, each, rtol=1e-5, atol=1e-5)
     among_missing = torch.cat([torch.full_like(rows, -1), rows, torch.full_like(rows, -1)], 1)
-    torch.testing.assert_close(rag.joint_log_probs(batch, among_missing, parallel=True), each, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(read_together(rag, batch, among_missing, "parallel").joint, each, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
 def test_the_likelihoods_under_each_alone_are_those_of_reading_each():
     rag = rag_of()
     batch = batch_of(rag)
-    found = read_together(rag, batch, ROWS, alone=True, parallel=True)
+    found = read_together(rag, batch, ROWS, "parallel", alone=True)
     torch.testing.assert_close(found.alone, rag.token_log_probs(batch, *rag.contexts(batch, ROWS)))
 
 
@@ -255,7 +259,7 @@ def test_work_and_memory_grow_with_the_tokens_not_with_their_square(monkeypatch)
     for count in (3, 12):
         scores.clear()
         with torch.no_grad():
-            rag.joint_log_probs(batch_of(rag), torch.full((4, count), 2), parallel=True)
+            read_together(rag, batch_of(rag), torch.full((4, count), 2), "parallel")
         work.append(sum(scores))
     assert work[1] < 4 * work[0]
 
@@ -274,7 +278,7 @@ def test_compiled_layers_are_one_graph_with_the_same_numbers(weighed, monkeypatc
 
     def log_probs_of(rows):
         prior = some_prior(rows).requires_grad_() if weighed else None
-        return rag.joint_log_probs(batch_of(rag), rows, parallel=True, log_prior=prior)
+        return read_together(rag, batch_of(rag), rows, way_by(prior), prior).joint
 
     expected = [log_probs_of(rows).detach() for rows in readings]
     rag.packed.compile()

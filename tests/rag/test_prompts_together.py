@@ -13,6 +13,7 @@ from stages.generation.generator import generator_from
 from stages.generation.tokenizer import passage_tokens
 from stages.rag.folder import load_rag_parts, save_rag
 from stages.rag.opening import open_rag
+from stages.rag.together import read_together
 from stages.training.trainer import Trainer
 from stages.training.validation import validation_loss
 from tests.evaluation.test_answering import SETTINGS as ASKING
@@ -64,7 +65,7 @@ def test_the_likelihood_is_the_librarys_model_over_the_text_of_all_passages(fami
     rag = rag_of(family)
     batch, rows = batch_of(rag)
     rows[0, 1], rows[1, 0], rows[2] = -1, -1, -1
-    found = rag.joint_log_probs(batch, rows)
+    found = read_together(rag, batch, rows, "together").joint
     for i, asked in enumerate(rag.generator.question_tokens(QUESTIONS)):
         held = [rag.passages.tokens[rag.passages.offsets[row] : rag.passages.offsets[row + 1]] for row in rows[i]]
         there = [ids.tolist() for ids, row in zip(held, rows[i].tolist(), strict=True) if row >= 0]
@@ -102,7 +103,7 @@ def test_the_retriever_learns_prior_minus_posterior_and_the_generator_from_the_p
         alone = rag.token_log_probs(batch, *rag.contexts(batch, rows))
     expected = marginalization.sequence_nll(output.log_prior, alone, batch.target_mask)
     torch.testing.assert_close(output.retriever_loss, expected, rtol=1e-5, atol=1e-4)
-    joint = rag.joint_log_probs(batch, rows).masked_fill(~batch.target_mask, 0.0).sum(-1)
+    joint = read_together(rag, batch, rows, "together").joint.masked_fill(~batch.target_mask, 0.0).sum(-1)
     torch.testing.assert_close(output.nll, -joint, rtol=1e-5, atol=1e-4)
     output.retriever_loss.sum().backward()
     assert all(p.grad is None for p in rag.generator_model.parameters())

@@ -68,7 +68,7 @@ def test_the_joint_likelihood_is_transformers_own_over_concatenated_states(way):
     rag = rag_by(way)
     batch, model = batch_of(rag, [0, 3, 5, 6]), rag.generator_model
     ids, mask = rag.contexts(batch, ROWS)
-    found = summed(rag.joint_log_probs(batch, ROWS), batch)
+    found = summed(read_together(rag, batch, ROWS, "together").joint, batch)
     for question, passages in enumerate(ROWS.tolist()):
         read = [place for place, row in enumerate(passages) if row >= 0] or [0]
         alone = [ids[3 * question + place][mask[3 * question + place].bool()] for place in read]
@@ -85,7 +85,7 @@ def test_padding_and_missing_passages_change_nothing(way):
     rag = rag_by(way)
     batch = batch_of(rag)
     rows = torch.arange(27).view(9, 3) % 9
-    among = summed(rag.joint_log_probs(batch, rows), batch)
+    among = summed(read_together(rag, batch, rows, "together").joint, batch)
     for question in EVERYTHING:
         alone = batch_of(rag, [question])
         with_missing = torch.cat([torch.full((1, 2), -1), rows[[question]]], 1)
@@ -95,7 +95,10 @@ def test_padding_and_missing_passages_change_nothing(way):
             rows[[question]].flip(1),
         ):  # nor, without positions, does the order
             torch.testing.assert_close(
-                summed(rag.joint_log_probs(alone, read), alone)[0], among[question], rtol=1e-5, atol=1e-4
+                summed(read_together(rag, alone, read, "together").joint, alone)[0],
+                among[question],
+                rtol=1e-5,
+                atol=1e-4,
             )
 
 
@@ -122,7 +125,7 @@ def test_several_passages_read_together_are_another_likelihood(way):
 def test_the_likelihoods_under_each_alone_are_those_of_reading_each(way):
     rag = rag_by(way)
     batch = batch_of(rag, [0, 3, 5, 6])
-    found = read_together(rag, batch, ROWS, label_smoothing=0.1, alone=True)
+    found = read_together(rag, batch, ROWS, "together", label_smoothing=0.1, alone=True)
     expected = rag.token_log_probs(batch, *rag.contexts(batch, ROWS))
     read = (ROWS >= 0)[..., None] & batch.target_mask[:, None]
     torch.testing.assert_close(found.alone[read], expected[read], rtol=1e-5, atol=1e-5)

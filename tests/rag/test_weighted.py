@@ -6,7 +6,7 @@ from torch import Tensor
 
 from stages.generation import marginalization
 from stages.generation.seq2seq import Contexts
-from stages.rag.together import joint_contexts
+from stages.rag.together import joint_contexts, read_together
 from tests.generation.test_packed_bart import distance
 from tests.rag.test_model import lose
 from tests.rag.test_parallel import rag_of as decoder_only
@@ -45,8 +45,8 @@ def likelihood(rag, batch, rows, prior: list | Tensor | None) -> Tensor:
     """log p(y | x, all passages) [B]; a list is the same prior for every question."""
     if isinstance(prior, list):
         prior = torch.tensor(prior).log().expand(rows.shape)
-    apart = not rag.generator_model.config.is_encoder_decoder
-    return summed(rag.joint_log_probs(batch, rows, parallel=apart, log_prior=prior), batch)
+    flat = "together" if rag.generator_model.config.is_encoder_decoder else "parallel"
+    return summed(read_together(rag, batch, rows, flat if prior is None else "weighted", prior).joint, batch)
 
 
 @torch.no_grad()
@@ -176,7 +176,7 @@ def test_what_decoding_reads_is_what_training_reads(way):
     batch = batch_of(rag, ASKED)
     prior = marginalization.log_prior(torch.tensor([[0.0, 1.0, -1.0]]).expand(4, -1))
     contexts = rag.generator.encode(*rag.contexts(batch, ROWS))
-    joined = joint_contexts(rag, batch, ROWS, contexts, log_prior=prior)
+    joined = joint_contexts(rag, batch, ROWS, contexts, "weighted", prior)
     expected = likelihood(rag, batch, ROWS, prior)
     for read, places in ((joined, [0, 1, 2, 3]), (joined.repeat(2), [0, 0, 1, 1, 2, 2, 3, 3]),
                          (joined.select(torch.tensor([3, 1])), [3, 1])):  # fmt: skip

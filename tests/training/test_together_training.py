@@ -9,6 +9,7 @@ from stages.generation.lora import add_lora
 from stages.params import Lora
 from stages.rag.folder import load_rag_parts, save_rag
 from stages.rag.opening import open_rag
+from stages.rag.together import read_together
 from stages.storage.checkpoints import Checkpoints
 from stages.training.curves import tracked_name
 from stages.training.throughput import training_flop, weights_by_tokens
@@ -162,7 +163,7 @@ def test_it_learns_and_transformers_own_class_loads_what_it_leaves(family, tmp_p
     right = 0
     with torch.no_grad():
         rows, _ = rag.retrieve(rag.encode_questions(batch))
-        found = summed(rag.joint_log_probs(batch, rows), batch)
+        found = summed(read_together(rag, batch, rows, "together").joint, batch)
         ids, mask = (part.unflatten(0, rows.shape) for part in rag.contexts(batch, rows))
         for question, answer in enumerate(ANSWERS):
             each = [one[None, real.bool()] for one, real in zip(ids[question], mask[question], strict=True)]
