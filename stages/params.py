@@ -295,6 +295,7 @@ class Signs(Section):
     gpu_utilization: Annotated[float, Field(ge=0, le=100)]
     gpu_memory: Annotated[float, Field(ge=0, le=100)]
     val_loss_drop: Annotated[float, Field(ge=0)]
+    val_loss_rise: Annotated[float, Field(ge=0)]
     exact_match: Annotated[float, Field(ge=0, le=100)]
     distinct_passages: Share
     prior_entropy: Share

@@ -37,6 +37,18 @@ def training_signs(history: list[dict], metrics: dict[str, float], limits: Signs
             "the prior is flat, scores do not tell passages apart: raise retriever.steps; check the question encoder's gradient",
         ),
     ]  # fmt: skip
+    validated = {point["step"]: point["val_loss_per_sequence"] for point in history if "val_loss_per_sequence" in point}
+    if finite := {step: loss for step, loss in validated.items() if math.isfinite(loss)}:
+        lowest, last_step = min(finite, key=finite.get), max(finite)
+        rise = finite[last_step] / finite[lowest] - 1
+        signs.append(
+            Sign(
+                "overfitting", rise <= limits.val_loss_rise,
+                f"validation loss lowest at step {lowest} of {last_step}, the last {100 * rise:.0f} % above it (at most "
+                f"{100 * limits.val_loss_rise:.0f} %)",
+                f"the steps behind it learned the training questions by heart: train.max_steps near {lowest}, or more questions",
+            )
+        )  # fmt: skip
     if count := metrics.get("questions_without_passages", 0) + metrics.get("val_questions_without_passages", 0):
         signs.append(
             Sign(

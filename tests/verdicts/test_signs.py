@@ -1,5 +1,7 @@
 """Verdicts: each sign turns bad beyond its threshold, names the remedy, and stays silent about what was not measured."""
 
+import math
+
 import pytest
 
 from stages.params import load_params
@@ -8,11 +10,16 @@ from stages.verdicts.of_training import training_signs
 
 LIMITS = load_params().signs
 METRICS = {"val_loss_before_training": 4.0, "val_loss_per_sequence": 2.0, "seconds_per_batch": 0.4}
-POINT = {"step": 9, "prior_entropy": 0.5, "distinct_passages": 0.9, "gpu_utilization": 90.0, "gpu_memory": 85.0}
+POINT = {
+    "step": 9, "val_loss_per_sequence": 2.0, "prior_entropy": 0.5, "distinct_passages": 0.9, "gpu_utilization": 90.0,
+    "gpu_memory": 85.0,
+}  # fmt: skip
+
+FIRST = {"step": 3, "val_loss_per_sequence": 1.95}
 
 
 def verdict(name, metrics=None, point=None, on_gpu=True):
-    found = training_signs([{"step": 0}, POINT | (point or {})], METRICS | (metrics or {}), LIMITS, on_gpu)
+    found = training_signs([FIRST, POINT | (point or {})], METRICS | (metrics or {}), LIMITS, on_gpu)
     return next(sign for sign in found.signs if sign.name == name), found
 
 
@@ -20,6 +27,7 @@ def verdict(name, metrics=None, point=None, on_gpu=True):
     ("name", "metrics", "point"),
     [
         ("val_loss", {"val_loss_per_sequence": 3.95}, {}),
+        ("overfitting", {}, {"val_loss_per_sequence": 2.1}),
         ("speed", {"seconds_per_batch": 1.2}, {}),
         ("retrieval", {}, {"distinct_passages": 0.1}),
         ("prior", {}, {"prior_entropy": 0.995}),
@@ -39,6 +47,15 @@ def test_a_cpu_has_no_verdict_on_speed_and_gpu():
     point = {key: value for key, value in POINT.items() if not key.startswith("gpu")}
     found = training_signs([point], METRICS | {"seconds_per_batch": 9.0}, LIMITS, on_gpu=False)
     assert {sign.name for sign in found.signs if sign.good is None} == {"speed", "gpu_utilization", "gpu_memory"}
+
+
+def test_overfitting_is_told_from_the_losses_that_are_finite_and_names_the_steps():
+    losses = {0: 24.7, 750: 2.9, 2250: 2.77, 3000: math.inf, 7120: 3.87}
+    points = [POINT | {"step": step, "val_loss_per_sequence": loss} for step, loss in losses.items()]
+    sign = next(sign for sign in training_signs(points, METRICS, LIMITS, True).signs if sign.name == "overfitting")
+    assert "at step 2250 of 7120, the last 40 % above it" in sign.finding and "max_steps near 2250" in sign.remedy
+    none = training_signs([POINT | {"val_loss_per_sequence": math.nan}], METRICS, LIMITS, True)
+    assert "sign.overfitting" not in none.tags
 
 
 def test_evaluation():
