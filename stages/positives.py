@@ -62,14 +62,14 @@ def search(split: str, data, runtime) -> list[dict]:
 
     questions = read_rows(PREPARED / f"{split}.arrow")
     settings, language, patterns = data.positives, data.language, data.answers_are == "regex"
-    named = list(questions["positive_ids"])
+    named = questions["positive_ids"][:]
     answered = with_an_answer(questions["answers"], data.unanswerable)
     lacking = [row for row in answered if not named[row]][: settings.questions]
     if not lacking:
         return []
     passages, chosen = read_rows(PREPARED / "passages.arrow"), questions.select(lacking)
     processes = runtime.threads or free_cores()
-    asked, answers = list(chosen["question"]), list(chosen["answers"])
+    asked, answers = chosen["question"][:], chosen["answers"][:]
     found = find_positives(passages, asked, answers, settings.depth, processes, language, patterns).tolist()
     count = sum(hit >= 0 for hit in found)
     if count < FEW * len(found):

@@ -93,9 +93,7 @@ def main() -> None:
         reranker.encoder.model.to(device)
         weight = named.hybrid_weight if hits and settings.hybrid_depth else None
         found = searched.candidates(questions, max(settings.rerank_depth, depth), named.score_scale, weight)
-        crossed = reranker_scores(
-            reranker.to(device), found, list(questions["question"]), params.lengths.question_tokens
-        )
+        crossed = reranker_scores(reranker.to(device), found, questions["question"][:], params.lengths.question_tokens)
         for name, scores in (
             ("reranker", crossed), ("reranked", found.scores(*weights[:2]) + weights.cross_weight * crossed)
         ):  # fmt: skip

@@ -64,7 +64,7 @@ def rank(folder: Path, params: Params, device) -> tuple[dict[str, float], dict[s
     crossed, speed = None, {}
     if reranker:
         started = time.perf_counter()
-        crossed = reranker_scores(reranker, found, list(validation["question"]), params.lengths.question_tokens)
+        crossed = reranker_scores(reranker, found, validation["question"][:], params.lengths.question_tokens)
         speed = {"pairs_per_second": found.rows.numel() / (time.perf_counter() - started)}
     ranking, fitted = ranking_metrics(found, alone, crossed, gold_rows(validation, passages), settings, RECALL_DEPTHS)
     said = {
@@ -147,13 +147,13 @@ def warm_up(folder: Path, params: Params, device, passages, search):
         own = OwnPassages([golds[row] for row in rows.tolist()], reranker.tokens)
         patterns = params.data.answers_are == "regex"
         pool[seen] = without_answers(
-            found.rows, list(some["answers"]), own, passages, patterns=patterns, unanswerable=params.data.unanswerable
+            found.rows, some["answers"][:], own, passages, patterns=patterns, unanswerable=params.data.unanswerable
         )
         positives = torch.full((len(known), max(len(golds[row]) for row in known)), -1)
         for place, row in enumerate(known):
             positives[place, : len(golds[row])] = torch.tensor(golds[row])
         negatives = HardNegatives(pool, warmth.negatives)
-        asked = encoder.question_rows(list(train.select(known)["question"]), lengths.question_tokens)
+        asked = encoder.question_rows(train.select(known)["question"][:], lengths.question_tokens)
         started = time.perf_counter()
         loss = warm_up_reranker(
             encoder, TokenStore.from_rows(asked), reranker.tokens, positives, negatives, steps=warmth.steps,

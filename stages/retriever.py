@@ -61,13 +61,13 @@ def main() -> None:
             )
         known[split], gold[split] = rows.select(list(own)), list(own.values())
         questions[split] = TokenStore.from_rows(
-            question_encoder.question_rows(list(known[split]["question"]), lengths.question_tokens)
+            question_encoder.question_rows(known[split]["question"][:], lengths.question_tokens)
         )
     # Only passages that some question asks about are read in training; they are renumbered to be tokenized alone.
     needed = sorted({passage for rows in gold.values() for some in rows for passage in some})
     renumbered = {passage: row for row, passage in enumerate(needed)}
     chosen = passages.select(needed)
-    passage_rows = context_encoder.passage_rows(list(chosen["title"]), list(chosen["text"]), lengths.passage_tokens)
+    passage_rows = context_encoder.passage_rows(chosen["title"][:], chosen["text"][:], lengths.passage_tokens)
     passage_store = TokenStore.from_rows(passage_rows)
     positives = {
         split: OwnPassages([[renumbered[passage] for passage in some] for some in rows], passage_store)
@@ -95,7 +95,7 @@ def main() -> None:
         own = OwnPassages(gold["train"], everything)
         hits = best_hits(question_encoder, context_encoder, questions["train"], everything, hard.depth, device)
         patterns = params.data.answers_are == "regex"
-        answers = list(known["train"]["answers"])
+        answers = known["train"]["answers"][:]
         pool = without_answers(hits, answers, own, passages, hard.skip, patterns, params.data.unanswerable)
         negatives = HardNegatives(pool, hard.count)
         loss = warm_up.train(

@@ -97,8 +97,8 @@ def gold_rows(questions: "Dataset", passages: "Dataset") -> list[list[int]]:
 
 def gold_grades(questions: "Dataset", passages: "Dataset") -> list[dict[int, float]]:
     """`gold_rows` with their grades, {row: grade above 0} for each question; 1 where judgements have none."""
-    named = list(questions["positive_ids"])
-    grades = questions["grades"] if "grades" in questions.column_names else [None] * len(named)
+    named = questions["positive_ids"][:]
+    grades = questions["grades"][:] if "grades" in questions.column_names else [None] * len(named)
     position = positions_of(passages, {name for names in named for name in names})
     return [
         {
@@ -112,7 +112,7 @@ def gold_grades(questions: "Dataset", passages: "Dataset") -> list[dict[int, flo
 
 def own_rows(questions: "Dataset", found: "Dataset", passages: "Dataset") -> list[list[int]]:
     """What a warm-up reads: `gold_rows`, and for who names none the passage that was `found` by its answer, if any was."""
-    by_answer = dict(zip(found["question"], found["passage"], strict=True))
+    by_answer = dict(zip(found["question"][:], found["passage"][:], strict=True))
     golds = gold_rows(questions, passages)
     return [gold or [by_answer[row]] if gold or row in by_answer else [] for row, gold in enumerate(golds)]
 

@@ -92,8 +92,8 @@ def evaluate(
     rag.eval()
     rules = rules or Rules()
     device = next(rag.parameters()).device
-    golds = list(questions["answers"])
-    examples = rag.examples(list(questions["question"]), [answers[0] for answers in golds], hits).to(device)
+    golds = questions["answers"][:]
+    examples = rag.examples(questions["question"][:], [answers[0] for answers in golds], hits).to(device)
 
     started = time.perf_counter()
     depths = depths_of(settings)

@@ -69,7 +69,7 @@ def evaluate_retrieval(
         )
     rag.eval()
     device = next(rag.parameters()).device
-    examples = rag.examples(list(questions["question"]), [""] * len(questions), hits).to(device)
+    examples = rag.examples(questions["question"][:], [""] * len(questions), hits).to(device)
     started = time.perf_counter()
     depths = depths_of(settings)
     found = retrieve(rag, examples, max(*depths, RANKED, rag.n_docs), settings.batch_size)

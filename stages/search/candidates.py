@@ -54,7 +54,7 @@ class Searched:
         hits = None if weight is None else self.hits
         if rows is not None:
             questions, hits = questions.select(rows.tolist()), hits and hits.select(rows)
-        tokens = self.encoder.question_rows(list(questions["question"]), self.question_tokens)
+        tokens = self.encoder.question_rows(questions["question"][:], self.question_tokens)
         batches = self.encoder.vectors(TokenStore.from_rows(tokens), BATCH_TOKENS[self.device.type], self.device)
         vectors = torch.from_numpy(np.concatenate([batch for _, batch in batches]))
         parts = []

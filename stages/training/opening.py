@@ -131,13 +131,13 @@ def open_examples(
         hits = read_hits(LEXICAL, split, params.retriever.hybrid_depth, len(questions), len(rows["passages"]))
         some, kept = aimed(params.data, split, rows)
         hits = hits and hits.select(torch.tensor(kept))
-        names[split] = list(some["id"])
+        names[split] = some["id"][:]
         if split == "train" and params.train.answers == "drawn":
-            answers = [list(dict.fromkeys(answers)) for answers in some["answers"]]
+            answers = [list(dict.fromkeys(answers)) for answers in some["answers"][:]]
         else:
-            answers = [answers[0] for answers in some["answers"]]
+            answers = [answers[0] for answers in some["answers"][:]]
         golds = known_golds(rows, kept) if split == "train" and params.train.positives_weight else None
-        examples[split] = rag.examples(list(some["question"]), answers, hits, golds)
+        examples[split] = rag.examples(some["question"][:], answers, hits, golds)
     return examples, names
 
 
