@@ -14,7 +14,8 @@ from pathlib import Path
 
 from stages.machine.entry import root_folder, run
 from stages.machine.stage_params import outputs
-from stages.params import Data, Params, load_params
+from stages.params import Params, load_params
+from stages.settings.data import Data
 from stages.storage.outside_files import describe, find, refuse_outputs
 
 INPUTS, FITTED = Path("data/inputs"), Path(".checkpoints")

@@ -23,8 +23,8 @@ def train(
     from stages.compute import ranks
     from stages.generation.lora import add_lora
     from stages.machine.signals import Interrupts
-    from stages.params import Lora
     from stages.search.sharded_search import ShardedSearch
+    from stages.settings.retrieval import Lora
     from stages.storage.checkpoints import Checkpoints
     from stages.training import trainer
     from tests import tiny_rag

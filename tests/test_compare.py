@@ -8,7 +8,8 @@ import pytest
 
 from stages.compare import SWITCHES, ablate, draw, old_settings, summarise, value_of, verdict
 from stages.corpus.arrow import QUESTIONS, write_rows
-from stages.params import Recipe, load_params
+from stages.params import load_params
+from stages.settings.runs import Recipe
 from tests.test_pipeline import mlflow_of, project, run  # noqa: F401
 
 

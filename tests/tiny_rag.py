@@ -20,13 +20,14 @@ from stages.encoders.cross_encoder import CrossEncoder, frame_of
 from stages.encoders.encoder import Encoder
 from stages.generation.generator import generator_from
 from stages.generation.tokenizer import passage_tokens
-from stages.params import Lengths, Recipe, Train
 from stages.rag.model import Rag
 from stages.rag.opening import open_rag
 from stages.rag.prior import PriorWeights, Weights
 from stages.search.index_kinds import build_index
 from stages.search.passage_index import PassageIndex, describe_index, write_index
 from stages.search.reranking import Reranker
+from stages.settings.retrieval import Lengths
+from stages.settings.runs import Recipe, Train
 from stages.storage import manifest
 
 LENGTHS = Lengths(question_tokens=24, passage_tokens=48, context_tokens=64, answer_tokens=8)

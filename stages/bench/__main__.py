@@ -22,7 +22,7 @@ from pathlib import Path
 
 from stages.machine.devices import prepare_torch
 from stages.machine.entry import run
-from stages.params import Runtime
+from stages.settings.runs import Runtime
 
 
 def parser() -> argparse.ArgumentParser:

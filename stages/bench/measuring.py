@@ -22,10 +22,10 @@ from stages.bench.timing import Peak, spread, timed
 from stages.compute.precision import generator_dtype, mixed_precision
 from stages.evaluation.decoding import generate
 from stages.generation import marginalization
-from stages.params import Recipe, Train
 from stages.rag.model import Rag
 from stages.rag.opening import check_reading
 from stages.rag.together import joint_contexts
+from stages.settings.runs import Recipe, Train
 from stages.training.throughput import matrix_rate, synchronize
 from stages.training.trainer import Trainer
 

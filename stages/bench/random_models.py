@@ -24,11 +24,11 @@ from stages.encoders.encoder import Encoder
 from stages.generation.causal import Causal
 from stages.generation.generator import Generator
 from stages.generation.seq2seq import Seq2Seq
-from stages.params import Lengths
 from stages.rag.batches import Examples
 from stages.rag.model import Rag
 from stages.rag.opening import open_rag
 from stages.search.passage_index import PassageIndex
+from stages.settings.retrieval import Lengths
 
 LENGTHS = Lengths(question_tokens=64, passage_tokens=280, context_tokens=300, answer_tokens=24)
 # "large": facebook/bart-large and facebook/dpr-*-single-nq-base; "tiny": the embedded sample's models, "tiny-llama" with a

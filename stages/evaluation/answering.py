@@ -20,10 +20,10 @@ from stages.evaluation.errors import kind_of, rank_of
 from stages.evaluation.retrieval import depths_of, retrieve
 from stages.evaluation.scoring import Rules
 from stages.generation import marginalization
-from stages.params import Evaluate
 from stages.rag.batches import Examples
 from stages.rag.model import Rag
 from stages.rag.together import joint_contexts
+from stages.settings.runs import Evaluate
 
 if TYPE_CHECKING:  # a second that one question need not wait for
     from datasets import Dataset

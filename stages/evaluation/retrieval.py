@@ -14,9 +14,9 @@ from stages.corpus.ranking import RANKED, retrieval_scores
 from stages.evaluation.alone import flags_alone, recall_alone
 from stages.evaluation.errors import found_kind_of, rank_of
 from stages.generation import marginalization
-from stages.params import Evaluate
 from stages.rag.batches import Examples
 from stages.rag.model import Rag
+from stages.settings.runs import Evaluate
 
 if TYPE_CHECKING:  # a second that one question need not wait for
     from datasets import Dataset

@@ -12,11 +12,12 @@ from stages.encoders.cross_encoder import load_cross_encoder
 from stages.encoders.loading import check_pair, load_encoder
 from stages.generation.generator import load_generator
 from stages.generation.lora import add_lora, check_base
-from stages.params import Models, Params
+from stages.params import Params
 from stages.rag.opening import check_lengths, check_reading
 from stages.search.adopted_index import check_header
 from stages.search.index_kinds import empty_index, set_search_parameters
 from stages.search.own_vectors import open_own
+from stages.settings.retrieval import Models
 from stages.storage.model_folders import check_weights, part_of
 from stages.storage.outside_files import find
 from stages.training import index_refresh, recipes

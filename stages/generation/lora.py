@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from stages.compute.precision import has_bf16
-from stages.params import Lora
+from stages.settings.retrieval import Lora
 
 KEY = "models.lora.base"
 QUANTIZED = ("8bit", "4bit")

@@ -6,7 +6,7 @@ import sys
 import time
 
 from stages.machine import launching
-from stages.params import Runtime
+from stages.settings.runs import Runtime
 
 
 def prepare_torch(runtime: Runtime):

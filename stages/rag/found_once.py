@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.params import Recipe
 from stages.rag.ahead import Found
 from stages.rag.batches import Examples, RagBatch
+from stages.settings.runs import Recipe
 
 PREFIX = "found-"
 

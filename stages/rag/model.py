@@ -26,7 +26,6 @@ from stages.generation.vocabulary import padded_log_probs
 from stages.packed.cuda_graphs import CudaGraphs
 from stages.packed.packing import PackedAnswers
 from stages.packed.working_copy import WorkingCopy
-from stages.params import Lengths
 from stages.rag.ahead import Found
 from stages.rag.batches import Examples, RagBatch
 from stages.rag.gold import retrieve_with_golds
@@ -36,6 +35,7 @@ from stages.rag.together import APART, read_together
 from stages.search.passage_encoder import PassageEncoder
 from stages.search.passage_index import PassageIndex, doc_scores
 from stages.search.reranking import Reranker
+from stages.settings.retrieval import Lengths
 
 
 class RagOutput(NamedTuple):

@@ -9,7 +9,7 @@ from stages.corpus.token_store import TokenStore
 from stages.encoders.encoder import Encoder
 from stages.generation import blocks
 from stages.generation.generator import Generator
-from stages.params import Lengths, Params
+from stages.params import Params
 from stages.rag.folder import load_rag_parts
 from stages.rag.model import Rag
 from stages.rag.prior import PriorWeights, load_prior, prior_of
@@ -17,6 +17,7 @@ from stages.rag.together import APART
 from stages.search.passage_encoder import PassageEncoder
 from stages.search.passage_index import PassageIndex, index_folders, load_index
 from stages.search.reranking import Reranker, load_reranker
+from stages.settings.retrieval import Lengths
 
 FEWEST_PASSAGE_TOKENS = 8  # that must fit beside the longest question
 

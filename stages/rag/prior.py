@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stages.params import Retriever
 from stages.search.reranker_folder import load_fitted
+from stages.settings.retrieval import Retriever
 
 FILE = "prior.json"
 

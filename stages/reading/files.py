@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from stages.params import Files, Qrels, Tables
 from stages.reading.arrow_rows import arrow_rows, parquet_rows
 from stages.reading.json_rows import Rows, json_lines, json_values
 from stages.reading.tables import layout_of, table_rows
+from stages.settings.data import Files, Qrels, Tables
 from stages.storage.outside_files import OutsideFile, find_files
 
 TEXT = {".jsonl": json_lines, ".ndjson": json_lines, ".json": json_values}

@@ -7,9 +7,9 @@ nq_open/{train,validation}-00000-of-00001.parquet (question, answer) and data/ps
 
 from functools import partial
 
-from stages.params import Nq
 from stages.reading.files import Table
 from stages.reading.json_rows import Rows
+from stages.settings.data import Nq
 from stages.storage.outside_files import find
 
 

@@ -6,12 +6,12 @@ A row that merely cannot be used goes into the report and is left out; a missing
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from stages.params import Fields
 from stages.reading.files import Table
 from stages.reading.formats import PASSAGES, QUESTIONS, Format, at, has, recognised
 from stages.reading.passage_ids import PassageIds
 from stages.reading.unusable_rows import Report
 from stages.reading.values import Cells, Positive, Unusable, answers_of, digests, needed, positives_of, text_of
+from stages.settings.data import Fields
 
 SHIPPED = {"question": "question", "id": "id", "positive_ids": "positive_ids", "passage_id": "id", "title": "title"}
 # What a field is called where params.yaml says null or what is shipped, in the order of preference.

@@ -5,7 +5,7 @@ import random
 from collections import defaultdict
 
 from stages.corpus.answers import normalize_answer
-from stages.params import Shares
+from stages.settings.data import Shares
 
 
 def key_of(question: str) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from stages.params import Tables
 from stages.reading.text_files import LONGEST_LINE, head, lines
+from stages.settings.data import Tables
 
 DELIMITERS = ("\t", ",", ";", "|")
 NAMES = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars (|)"}

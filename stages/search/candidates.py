@@ -12,10 +12,11 @@ from stages.corpus.recall import recall_at, recalls
 from stages.corpus.token_store import TokenStore
 from stages.encoders.encoder import Encoder
 from stages.encoders.reranker_warmup import asked_rows
-from stages.params import Params, Retriever
+from stages.params import Params
 from stages.search.fusion import fuse
 from stages.search.passage_index import PassageIndex, doc_scores
 from stages.search.reranking import Reranker
+from stages.settings.retrieval import Retriever
 
 QUESTIONS_AT_ONCE = 256
 BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from stages.compute import ranks
 from stages.compute.exact_search import ExactSearch, fp32_scores
-from stages.params import Index
 from stages.search.faiss_files import inner, opened, reason
 from stages.search.index_kinds import TRAIN_SIZE, empty_index, filled, set_search_parameters, train
 from stages.search.sharded_search import ShardedSearch
+from stages.settings.retrieval import Index
 from stages.storage import manifest
 
 FILES = ("index.faiss", "index.json")

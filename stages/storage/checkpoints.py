@@ -25,7 +25,7 @@ from stages.storage.leftovers import FOLDER
 
 DESCRIPTION, BEST = "description.json", "best.json"
 # What changes no result, so that a mended message costs no training; dvc.yaml depends on none of it (tests/test_dag.py).
-WATCHERS = ("machine", "tracking", "verdicts", "params.py")
+WATCHERS = ("machine", "settings", "tracking", "verdicts", "params.py")
 CODE = Path(__file__).resolve().parents[1]
 
 

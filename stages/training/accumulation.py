@@ -13,11 +13,11 @@ from tqdm import tqdm
 from stages.compute import ranks
 from stages.compute.out_of_memory import SingleQuestion, free_memory, halved, is_out_of_memory, split
 from stages.corpus.epochs import epoch_shares
-from stages.params import Recipe, Train
 from stages.rag.ahead import finds_ahead, found_ahead
 from stages.rag.batches import Examples
 from stages.rag.found_once import FoundOnce
 from stages.rag.model import Rag
+from stages.settings.runs import Recipe, Train
 from stages.storage import checkpoints as checkpointing
 from stages.training import fsdp
 from stages.training.gradient_sums import GradientSums

@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from stages.params import Train
+from stages.settings.runs import Train
 from stages.training.progress import Progress
 
 # MLflow and TensorBoard draw what has the same word before its slash together, in alphabetical order: losses first.

@@ -4,8 +4,8 @@ import torch
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from stages.params import Train
 from stages.rag.model import Rag
+from stages.settings.runs import Train
 from stages.training import fsdp
 
 

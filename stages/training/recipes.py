@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from stages.corpus.epochs import epoch_order
-from stages.params import Recipe
+from stages.settings.runs import Recipe
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from datasets import Dataset
 
 from stages.corpus.arrow import own_rows, read_rows
 from stages.corpus.patterns import first_match
-from stages.params import Data
+from stages.settings.data import Data
 
 PREPARED, POSITIVES = Path("data/prepared"), Path("data/positives")
 

@@ -16,10 +16,10 @@ from tqdm import tqdm
 from stages.compute import ranks
 from stages.generation import retriever_losses
 from stages.machine.signals import Interrupted
-from stages.params import Recipe, Train
 from stages.rag.batches import Examples
 from stages.rag.found_once import FoundOnce
 from stages.rag.model import Rag
+from stages.settings.runs import Recipe, Train
 from stages.storage.checkpoints import Checkpoints
 from stages.training import fsdp
 from stages.training.accumulation import Accumulation

@@ -1,6 +1,6 @@
 """Verdicts on an evaluation: is EM what it should be, and does the generator read its passages."""
 
-from stages.params import Signs
+from stages.settings.runs import Signs
 from stages.verdicts.sign import Sign, Verdicts
 
 

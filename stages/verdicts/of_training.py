@@ -2,7 +2,7 @@
 
 import math
 
-from stages.params import Signs
+from stages.settings.runs import Signs
 from stages.verdicts.sign import Sign, Verdicts
 
 

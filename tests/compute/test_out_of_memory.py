@@ -7,7 +7,7 @@ from torch import nn
 from stages.compute import out_of_memory
 from stages.evaluation.answering import answer, retrieve
 from stages.generation.marginalization import log_prior
-from stages.params import Evaluate
+from stages.settings.runs import Evaluate
 from stages.training.validation import validation_loss
 from tests.tiny_rag import ANSWERS, QUESTIONS, tiny_rag
 from tests.training.test_trainer import run, sgd  # noqa: F401

@@ -10,7 +10,8 @@ from stages.evaluate import summary
 from stages.evaluation.answering import answer, evaluate, retrieve
 from stages.evaluation.scoring import Rules
 from stages.generation import marginalization
-from stages.params import Evaluate, load_params
+from stages.params import load_params
+from stages.settings.runs import Evaluate
 from stages.verdicts.of_evaluation import evaluation_signs
 from tests.rag.test_model import lose
 from tests.tiny_rag import ANSWERS, QUESTIONS, TEXTS, TITLES, tiny_rag

@@ -12,9 +12,9 @@ from stages.evaluation.states import start
 from stages.generation.causal import Causal, causal_from
 from stages.generation.generator import generator_from, load_generator, load_saved_generator
 from stages.generation.lora import add_lora
-from stages.params import Lora
 from stages.rag.folder import load_rag_parts, save_rag
 from stages.rag.opening import open_rag
+from stages.settings.retrieval import Lora
 from stages.training.trainer import Trainer
 from tests.generation.test_generator import batch, bpe_tokenizer, next_token, tiny_model
 from tests.rag.test_families import CAUSAL, answers_of, rag_of

@@ -13,9 +13,9 @@ from stages.generation import lora
 from stages.generation.generator import load_generator
 from stages.generation.lora import add_lora, loading, merge_lora, quantized
 from stages.machine.signals import Interrupted
-from stages.params import Lora
 from stages.rag.folder import load_rag_parts, save_rag
 from stages.rag.opening import open_rag
+from stages.settings.retrieval import Lora
 from stages.storage.checkpoints import Checkpoints, own_tensors
 from stages.training import fsdp
 from stages.training.trainer import Trainer

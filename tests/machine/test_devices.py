@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from stages.machine import devices
-from stages.params import Runtime
+from stages.settings.runs import Runtime
 
 
 def test_a_gpu_that_is_not_there_is_named():
@@ -38,7 +38,7 @@ def test_what_the_libraries_make_is_searched_for_garbage_no_more_and_all_else_is
 
 def test_numbers_too_small_for_fp32s_exponent_are_zero_on_every_thread():
     program = "; ".join([
-        "from stages.machine import devices; from stages.params import Runtime",
+        "from stages.machine import devices; from stages.settings.runs import Runtime",
         "devices.prepare_torch(Runtime(device='cpu', threads=4, processes=1, cuda_graphs=True))",
         "import torch; tiny = torch.tensor([1e-39] * (1 << 20))",
         "print(torch.get_num_threads(), int((tiny * 1.0).count_nonzero()), float(torch.tensor(2e-38) * 1.0) > 0)",

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stages.params import Files, Qrels
 from stages.reading import text_files
 from stages.reading.files import KINDS, LEFT_OPEN, open_table, open_tables
+from stages.settings.data import Files, Qrels
 from stages.storage.outside_files import OutsideFile
 
 ROWS = [

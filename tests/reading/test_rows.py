@@ -9,13 +9,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.params import Fields, Shares
 from stages.reading.files import Table
 from stages.reading.passage_ids import PassageIds, settle
 from stages.reading.rows import columns_of, named_passages, read_passages, read_questions
 from stages.reading.splits import check_answers, leaks, split_questions
 from stages.reading.unusable_rows import Report
 from stages.reading.values import Cells, Positive, Unusable, answers_of, digests, list_of, positives_of, text_of
+from stages.settings.data import Fields, Shares
 
 SHIPPED = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))["data"]["fields"]
 

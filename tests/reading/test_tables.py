@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from stages.params import Tables
 from stages.reading.files import LEFT_OPEN, open_table
 from stages.reading.literals import Ambiguous, parsed
+from stages.settings.data import Tables
 from stages.storage.outside_files import OutsideFile
 
 KNOWN = {"id", "title", "text", "question", "answer", "answers"}

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from stages.params import Index
 from stages.search.faiss_files import inner
 from stages.search.index_kinds import build_index, empty_index, set_search_parameters
 from stages.search.index_quality import recall_of_exact
 from stages.search.passage_index import load_index
+from stages.settings.retrieval import Index
 from tests.tiny_rag import save_index
 
 VECTORS = np.random.default_rng(0).normal(size=(600, 16)).astype(np.float32) * 3

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from stages.compute import ranks
 from stages.generation.lora import add_lora
-from stages.params import Lora
+from stages.settings.retrieval import Lora
 from stages.training import gradient_sums
 from stages.training.progress import Window
 from stages.training.recipes import Update

@@ -7,7 +7,7 @@ import yaml
 from datasets import Dataset
 
 from stages.corpus.arrow import FOUND, write_rows
-from stages.params import Data
+from stages.settings.data import Data
 from stages.training.targets import POSITIVES, aimed, has_answers
 
 PASSAGES = [

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stages.compute import ranks
 from stages.generation.lora import add_lora
-from stages.params import Lora
+from stages.settings.retrieval import Lora
 from stages.training import throughput
 from stages.training.progress import distinct_share
 from stages.training.throughput import DeviceGaps, matrix_rate, training_flop, weights_by_tokens

@@ -6,10 +6,10 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
 from stages.generation.lora import add_lora
-from stages.params import Lora
 from stages.rag.folder import load_rag_parts, save_rag
 from stages.rag.opening import open_rag
 from stages.rag.together import read_together
+from stages.settings.retrieval import Lora
 from stages.storage.checkpoints import Checkpoints
 from stages.training.curves import tracked_name
 from stages.training.throughput import training_flop, weights_by_tokens
